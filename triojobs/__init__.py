@@ -1,0 +1,1 @@
+"""A durable job queue on PostgreSQL for Trio programs."""

@@ -1,0 +1,211 @@
+"""What can go wrong, and what a handler may raise on purpose.
+
+Every error says "while <doing>: <what happened> (<ids>); <what to do>". `operation` is the
+<doing>, `hint` the <what to do>. Signals, which a handler raises to steer its own job, are not
+errors and do not end in `Error`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "CodecError",
+    "DatabaseError",
+    "DuplicateJobError",
+    "JobCancelledError",
+    "JobFailedError",
+    "JobNotFoundError",
+    "Kill",
+    "LeaseLostError",
+    "OptionError",
+    "RetryAfter",
+    "SchemaError",
+    "Snooze",
+    "StaleClaimError",
+    "TriojobsError",
+]
+
+SHOWN_VALUE_LIMIT: Final = 120  # characters of a refused value repeated in the message
+
+
+class TriojobsError(Exception):
+    """The root of every error that triojobs raises by itself.
+
+    Attributes:
+        operation: what was being done, as a present participle ("claiming jobs").
+        hint: what the reader can do about it; may be empty.
+    """
+
+    def __init__(self, what: str, *, operation: str = "", hint: str = "") -> None:
+        self.operation = operation
+        self.hint = hint
+        text = f"while {operation}: {what}" if operation else what
+        super().__init__(f"{text}; {hint}" if hint else text)
+
+
+class OptionError(TriojobsError, ValueError):
+    """An argument is refused before anything was written.
+
+    Attributes:
+        field: the argument's name.
+        value: what was given (shown cut to 120 characters).
+        limit: what is allowed, in words.
+    """
+
+    def __init__(self, field: str, value: object, limit: str, *, operation: str = "", hint: str = "") -> None:
+        self.field = field
+        self.value = value
+        self.limit = limit
+        shown = repr(value)
+        if len(shown) > SHOWN_VALUE_LIMIT:
+            shown = shown[:SHOWN_VALUE_LIMIT] + "…"
+        super().__init__(f"{field} is {shown}, but must be {limit}", operation=operation, hint=hint)
+
+
+class DatabaseError(TriojobsError):
+    """The database refused a call, or could not be reached; the psycopg error is `__cause__`.
+
+    Attributes:
+        sqlstate: the five-character code that the server sent, or None.
+        transient: True when the same call may succeed later.
+        committed: whether the call's writes were committed: True, False, or None for unknown
+            (the reply was lost).
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        operation: str = "",
+        hint: str = "",
+        sqlstate: str | None = None,
+        transient: bool = False,
+        committed: bool | None = False,
+    ) -> None:
+        self.sqlstate = sqlstate
+        self.transient = transient
+        self.committed = committed
+        super().__init__(what, operation=operation, hint=hint)
+
+
+class SchemaError(DatabaseError):
+    """The schema is missing, too old, or too new for this version; the hint names the command."""
+
+
+class CodecError(TriojobsError):
+    """Bytes that are no valid payload, or a value that cannot be encoded or converted."""
+
+
+class DuplicateJobError(TriojobsError):
+    """The key is held by another job.
+
+    Attributes:
+        key: the key that was asked for.
+        job_id: the job that holds it.
+        index: the position in an `enqueue_many` call, or None.
+    """
+
+    def __init__(
+        self, *, queue: str, key: str, job_id: int, index: int | None = None, operation: str = "enqueueing"
+    ) -> None:
+        self.queue = queue
+        self.key = key
+        self.job_id = job_id
+        self.index = index
+        at = "" if index is None else f" (item {index} of the call)"
+        super().__init__(
+            f"key {key!r} of queue {queue!r} is held by job {job_id}{at}; nothing was enqueued",
+            operation=operation,
+            hint="use try_enqueue with on_conflict='return' or 'replace' if that is expected",
+        )
+
+
+class JobNotFoundError(TriojobsError):
+    """No job has this id (it never existed, its enqueue was rolled back, or it was pruned)."""
+
+    def __init__(self, job_id: int, *, operation: str) -> None:
+        self.job_id = job_id
+        super().__init__(f"there is no job {job_id}", operation=operation, hint="check the id and the schema")
+
+
+class JobFailedError(TriojobsError):
+    """The awaited job was killed: it will not run again.
+
+    Attributes:
+        job_id, attempts (made), error (text of the last failure, or the reason of `Kill`).
+    """
+
+    def __init__(self, job_id: int, *, attempts: int, error: str | None) -> None:
+        self.job_id = job_id
+        self.attempts = attempts
+        self.error = error
+        super().__init__(
+            f"job {job_id} was killed after {attempts} attempt(s): {error}", operation="waiting for a result"
+        )
+
+
+class JobCancelledError(TriojobsError):
+    """The awaited job was cancelled: it will not run (again).
+
+    Attributes:
+        job_id, attempts (made), reason (given to `cancel`).
+    """
+
+    def __init__(self, job_id: int, *, attempts: int, reason: str | None) -> None:
+        self.job_id = job_id
+        self.attempts = attempts
+        self.reason = reason
+        super().__init__(f"job {job_id} was cancelled: {reason}", operation="waiting for a result")
+
+
+class StaleClaimError(TriojobsError):
+    """The job moved on: this claim no longer owns it, and nothing was written."""
+
+    def __init__(self, job_id: int, *, operation: str) -> None:
+        self.job_id = job_id
+        super().__init__(
+            f"the claim of job {job_id} has ended (rescued or settled elsewhere); nothing was written",
+            operation=operation,
+        )
+
+
+class LeaseLostError(TriojobsError):
+    """The group's lease was lost and it cannot register again."""
+
+
+class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a handler: this attempt failed; run the job again after `seconds` (finite, >= 0)."""
+
+    def __init__(self, seconds: float, message: str = "") -> None:
+        self.seconds = checked_seconds("RetryAfter.seconds", seconds)
+        super().__init__(message or f"retry after {seconds:g} s")
+
+
+class Snooze(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a handler: run the job again after `seconds`; this attempt is not counted."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = checked_seconds("Snooze.seconds", seconds)
+        super().__init__(f"snoozed for {seconds:g} s")
+
+
+class Kill(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a handler: the job ends as killed, whatever attempts are left."""
+
+    def __init__(self, reason: str = "killed by its handler") -> None:
+        self.reason = str(reason)
+        super().__init__(self.reason)
+
+
+MAX_SECONDS: Final = 10 * 366 * 86400.0  # ten years: far beyond any use, well inside timestamptz
+
+
+def checked_seconds(field: str, value: float, *, least: float = 0.0, positive: bool = False) -> float:
+    """Return `value` as float seconds, or raise OptionError unless least <= value <= ten years."""
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    # NaN fails both comparisons, so it is refused here as well.
+    if not number or not (least <= value <= MAX_SECONDS) or (positive and value <= 0):
+        above = "> 0" if positive else f">= {least:g}"
+        raise OptionError(field, value, f"finite seconds {above} and <= {MAX_SECONDS:g}")
+    return float(value)
