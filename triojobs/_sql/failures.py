@@ -7,6 +7,7 @@ one and `transient` is the cautious guess.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -79,7 +80,9 @@ def connect(conninfo: str, *, operation: str, application_name: str) -> psycopg.
 
 def one_line(exc: psycopg.Error) -> str:
     """Return an error's words without line breaks and without the server's context lines."""
-    return " ".join((exc.diag.message_primary or str(exc)).split()) or type(exc).__name__
+    # Lines that begin with a tab are libpq's "Is the server running …?": the hint says it.
+    text = exc.diag.message_primary or re.sub(r"\n\t[^\n]*", "", str(exc))
+    return " ".join(text.split()) or type(exc).__name__
 
 
 def _checked_options(conninfo: str, *, operation: str) -> dict[str, Any]:
