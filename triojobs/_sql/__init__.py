@@ -1,1 +1,5 @@
-"""Layer L2: synchronous SQL over psycopg only; one module per concern, no trio."""
+"""Layer L2: the SQL, synchronous, on psycopg connections that others own; one module per concern.
+
+Lock order everywhere: worker_groups → jobs (an operator's retry only) → ready, scheduled → leases
+(in id order) → keys (in key order) → outcomes. READ COMMITTED always.
+"""

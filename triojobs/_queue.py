@@ -1,0 +1,220 @@
+"""Declarations: queues, workers and jobs to enqueue. Pure: no I/O, shared by producers and workers."""
+
+from __future__ import annotations
+
+import datetime as dt
+import inspect
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from ._backoff import Backoff
+from ._codec import CBOR, Codec, decode, encode
+from ._errors import OptionError, checked_seconds
+from ._model import KeyUntil, NewRow, OnConflict
+from ._options import (
+    KEY_LIMIT,
+    METADATA_LIMIT,
+    PAYLOAD_LIMIT,
+    checked_count,
+    checked_name,
+    checked_text,
+)
+
+if TYPE_CHECKING:
+    from ._job import Job
+
+__all__ = ["NewJob", "Queue", "Worker", "new_row"]
+
+PayloadT = TypeVar("PayloadT")
+ResultT = TypeVar("ResultT")
+
+DEFAULT_CONCURRENCY: Final = 10  # handlers at once per worker: enough to hide round trips, kind to memory
+
+
+class Queue(Generic[PayloadT, ResultT]):
+    """A typed name. Makes no connection; declare it once and import it in producers and workers.
+
+    Args:
+        name: 1 to 255 bytes in UTF-8, without NUL.
+        payload: the payloads' type: dataclass, attrs class, msgspec.Struct, TypedDict, NamedTuple,
+            a builtin or a typing form of these; default: any plain value.
+        result: the type of what handlers return; default: any plain value.
+        codec: see `Codec`; default CBOR.
+        payload_limit, result_limit: most bytes when encoded (default 1 MiB).
+
+    Raises:
+        OptionError: a name or limit is out of range.
+    """
+
+    __slots__ = ("codec", "name", "payload", "payload_limit", "result", "result_limit")
+
+    def __init__(
+        self,
+        name: str,
+        payload: type[PayloadT] | Any = Any,
+        *,
+        result: type[ResultT] | Any = Any,
+        codec: Codec = CBOR,
+        payload_limit: int = PAYLOAD_LIMIT,
+        result_limit: int = PAYLOAD_LIMIT,
+    ) -> None:
+        self.name = checked_name("queue", name)
+        self.payload = payload
+        self.result = result
+        if not isinstance(codec, Codec):
+            raise OptionError("codec", codec, "an object with name, encode(value) and decode(data, type)")
+        checked_text("codec.name", codec.name, least=1, most=32)
+        self.codec = codec
+        # Far below PostgreSQL's gigabyte per value: a claim fetches many payloads at once.
+        self.payload_limit = checked_count("payload_limit", payload_limit, most=256 * 1024 * 1024)
+        self.result_limit = checked_count("result_limit", result_limit, most=256 * 1024 * 1024)
+
+    def __repr__(self) -> str:
+        return f"Queue({self.name!r}, {getattr(self.payload, '__name__', self.payload)})"
+
+    def encode_payload(self, value: PayloadT) -> bytes:
+        """Return the bytes of a payload, or raise EncodeError naming field, value and limit."""
+        return encode("payload", value, self.payload, self.codec, limit=self.payload_limit)
+
+    def encode_result(self, value: ResultT) -> bytes:
+        """Return the bytes of a result, or raise EncodeError naming field, value and limit."""
+        return encode("result", value, self.result, self.codec, limit=self.result_limit)
+
+    def decode_payload(self, data: bytes, encoding: str) -> PayloadT:
+        """Return the payload; CodecError when the bytes can never be read."""
+        value: PayloadT = decode(data, self.payload, encoding, self.codec)
+        return value
+
+    def decode_result(self, data: bytes, encoding: str) -> ResultT:
+        """Return the result; CodecError when the bytes can never be read."""
+        value: ResultT = decode(data, self.result, encoding, self.codec)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob(Generic[PayloadT]):
+    """One job of an `enqueue_many`, with options of its own. See `enqueue` for their meaning."""
+
+    payload: PayloadT
+    delay: float | None = field(default=None, kw_only=True)
+    run_at: dt.datetime | None = field(default=None, kw_only=True)
+    priority: int = field(default=0, kw_only=True)
+    max_attempts: int = field(default=5, kw_only=True)
+    timeout: float | None = field(default=None, kw_only=True)
+    deadline: dt.datetime | None = field(default=None, kw_only=True)
+    key: str | None = field(default=None, kw_only=True)
+    key_until: KeyUntil = field(default="kept", kw_only=True)
+    metadata: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    job_id: int | None = field(default=None, kw_only=True)
+    on_conflict: OnConflict = field(default="raise", kw_only=True)
+
+
+class Worker(Generic[PayloadT, ResultT]):
+    """Binds one queue to one handler.
+
+    Args:
+        queue: where jobs come from.
+        handler: `async def handler(job) -> result`. Dependencies reach it by closure,
+            `functools.partial` or as a bound method.
+        concurrency: handlers at once in this process (1 to 100,000).
+        timeout: seconds that one attempt may take; None: no limit. A job's own timeout wins.
+        retry: delays between attempts.
+
+    Raises:
+        OptionError: a value is out of its range, or the handler cannot be one.
+    """
+
+    __slots__ = ("concurrency", "handler", "queue", "retry", "timeout")
+
+    def __init__(
+        self,
+        queue: Queue[PayloadT, ResultT],
+        handler: Callable[[Job[PayloadT]], Awaitable[ResultT]],
+        *,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        timeout: float | None = None,
+        retry: Backoff = Backoff(),  # noqa: B008 - frozen
+    ) -> None:
+        if not isinstance(queue, Queue):
+            raise OptionError("queue", queue, "a triojobs.Queue")
+        if not callable(handler) or inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
+            raise OptionError("handler", handler, "an async function that takes a job")
+        if not isinstance(retry, Backoff):
+            raise OptionError("retry", retry, "a triojobs.Backoff")
+        self.queue = queue
+        self.handler = handler
+        self.concurrency = checked_count("concurrency", concurrency, most=100_000)
+        self.timeout = None if timeout is None else checked_seconds("timeout", timeout, positive=True)
+        self.retry = retry
+
+    def __repr__(self) -> str:
+        return f"Worker({self.queue.name!r}, concurrency={self.concurrency})"
+
+
+def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
+    """Validate and encode one job.
+
+    Raises:
+        OptionError: names the field, its value and the limit; nothing was sent.
+    """
+    if not isinstance(queue, Queue):
+        raise OptionError("queue", queue, "a triojobs.Queue")
+    if job.delay is not None and job.run_at is not None:
+        raise OptionError("run_at", job.run_at, "None when delay is given")
+    if job.on_conflict not in ("raise", "return", "replace"):
+        raise OptionError("on_conflict", job.on_conflict, "'raise', 'return' or 'replace'")
+    hold, hold_seconds = _hold(job)
+    return NewRow(
+        queue=queue.name,
+        payload=queue.encode_payload(job.payload),
+        encoding=queue.codec.name,
+        delay=None if job.delay is None else checked_seconds("delay", job.delay),
+        run_at=None if job.run_at is None else _aware("run_at", job.run_at),
+        priority=checked_count("priority", job.priority, least=0),
+        max_attempts=checked_count("max_attempts", job.max_attempts),
+        timeout=None if job.timeout is None else checked_seconds("timeout", job.timeout, positive=True),
+        deadline=None if job.deadline is None else _aware("deadline", job.deadline),
+        key=None if job.key is None else checked_text("key", job.key, least=0, most=KEY_LIMIT),
+        hold=hold,
+        hold_seconds=hold_seconds,
+        metadata=_metadata(job.metadata),
+        job_id=None if job.job_id is None else checked_count("job_id", job.job_id, most=2**63 - 1),
+        on_conflict=job.on_conflict,
+    )
+
+
+def _hold(job: NewJob[Any]) -> tuple[str, float | None]:
+    if job.key is None and job.key_until != "kept":
+        raise OptionError("key_until", job.key_until, "left out when there is no key")
+    if isinstance(job.key_until, str):
+        if job.key_until not in ("kept", "ended"):
+            raise OptionError("key_until", job.key_until, "'kept', 'ended' or seconds")
+        return job.key_until, None
+    return "until", checked_seconds("key_until", job.key_until)
+
+
+def _aware(field: str, value: object) -> dt.datetime:
+    if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
+        raise OptionError(field, value, "an aware datetime (with a time zone)")
+    return value.astimezone(dt.UTC)
+
+
+def _metadata(value: Mapping[str, Any] | None) -> str:
+    if not value and (value is None or isinstance(value, Mapping)):
+        return "{}"
+    limit = f"a mapping of str to JSON values, at most {METADATA_LIMIT} bytes of compact JSON, without NUL"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise OptionError("metadata", value, limit)
+    try:
+        text = json.dumps(dict(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise OptionError("metadata", value, f"{limit} ({exc})") from exc
+    # jsonb cannot hold NUL, which JSON writes as an escape.
+    if size > METADATA_LIMIT or "\\u0000" in text:
+        raise OptionError("metadata", value, f"{limit} (it has {size} bytes)")
+    return text
+
+

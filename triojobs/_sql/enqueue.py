@@ -1,0 +1,191 @@
+"""Enqueue: bodies and waiting rows, in the transaction of whoever owns the connection.
+
+Rows without key and job_id go in bulk, one statement a chunk. A row with either needs several looks
+and goes through the functions of migration 0002, sorted by key, so that two calls meet taken keys
+in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final
+
+import psycopg
+from psycopg.rows import tuple_row
+
+from .._errors import DuplicateJobError, OptionError
+from .._model import Enqueued, NewRow
+from .statements import statement
+
+__all__ = ["CHUNK", "enqueue", "new_job_ids"]
+
+CHUNK: Final = 10_000  # rows per statement: past the knee of the rate, and a pause to be cancelled in
+
+# `clock_timestamp()` per row keeps the order of the call. With `notify` the hint goes inside the
+# transaction: for callers whose commit we do not own.
+ENQUEUE_PLAIN: Final = """
+WITH asked AS MATERIALIZED (
+    SELECT nextval({job_ids}) AS id, a.queue, a.payload, a.encoding, a.metadata::jsonb AS metadata,
+           a.priority, a.max_attempts, a.timeout, a.deadline, a.no,
+           coalesce(a.run_at, clock_timestamp() + coalesce(a.delay, 0) * interval '1 second') AS run_at
+    FROM unnest(
+        %(queues)s::text[], %(payloads)s::bytea[], %(encodings)s::text[], %(metadata)s::text[],
+        %(priorities)s::int[], %(max_attempts)s::int[], %(timeouts)s::float8[],
+        %(deadlines)s::timestamptz[], %(run_ats)s::timestamptz[], %(delays)s::float8[]
+    ) WITH ORDINALITY
+      AS a(queue, payload, encoding, metadata, priority, max_attempts, timeout, deadline, run_at, delay, no)
+), body AS (
+    INSERT INTO {schema}.jobs
+        (id, queue, payload, encoding, metadata, priority, max_attempts, timeout, deadline, run_at)
+    SELECT id, queue, payload, encoding, metadata, priority, max_attempts, timeout, deadline, run_at
+    FROM asked
+), due AS (
+    INSERT INTO {schema}.ready (id, queue, priority, run_at, attempts, max_attempts)
+    SELECT id, queue, priority, run_at, 0, max_attempts FROM asked WHERE run_at <= clock_timestamp()
+    RETURNING id
+), later AS (
+    INSERT INTO {schema}.scheduled (id, queue, priority, run_at, attempts, max_attempts)
+    SELECT id, queue, priority, run_at, 0, max_attempts FROM asked
+    WHERE NOT EXISTS (SELECT FROM due WHERE due.id = asked.id)
+)
+SELECT a.id
+FROM asked a, (SELECT count(pg_notify({channel}, q)) FROM unnest(%(notify)s::text[]) q) n
+ORDER BY a.no
+"""
+
+ENQUEUE_KEYED: Final = """
+SELECT (f.e).id, (f.e).created, (f.e).replaced FROM (
+    SELECT {schema}.enqueue_keyed(
+        %(job_id)s::bigint, %(queue)s::text, %(key)s::text, %(hold)s::text, %(hold_seconds)s::float8,
+        %(on_conflict)s::text, %(payload)s::bytea, %(encoding)s::text, %(metadata)s::text::jsonb,
+        %(priority)s::int, %(max_attempts)s::int, %(timeout)s::float8, %(deadline)s::timestamptz,
+        coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s::float8 * interval '1 second')
+    ) AS e OFFSET 0
+) f
+"""
+
+ENQUEUE_BY_ID: Final = """
+SELECT %(job_id)s::bigint, {schema}.insert_job(
+    %(job_id)s::bigint, %(queue)s::text, %(payload)s::bytea, %(encoding)s::text, NULL,
+    %(metadata)s::text::jsonb, %(priority)s::int, %(max_attempts)s::int, %(timeout)s::float8,
+    %(deadline)s::timestamptz,
+    coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s::float8 * interval '1 second')
+), false
+"""
+
+NEW_IDS: Final = "SELECT nextval({job_ids}) FROM generate_series(1, %(count)s)"
+HANDED_OUT: Final = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.job_ids"
+NOTIFY_INSIDE: Final = "SELECT pg_notify({channel}, q) FROM unnest(%(queues)s::text[]) q"
+
+
+def new_job_ids(conn: psycopg.Connection[Any], schema: str, count: int) -> list[int]:
+    """Reserve ids for `job_id=`."""
+    rows = _cursor(conn).execute(statement(NEW_IDS, schema), {"count": count}).fetchall()
+    return [row[0] for row in rows]
+
+
+def enqueue(
+    conn: psycopg.Connection[Any],
+    schema: str,
+    rows: Sequence[NewRow],
+    *,
+    notify_inside: bool,
+    between_chunks: Callable[[], None] = lambda: None,
+    answer_each: bool = False,
+) -> list[Enqueued | DuplicateJobError]:
+    """Insert `rows` into the open transaction (or, alone in autocommit, as one statement).
+
+    `between_chunks` may raise to give up. With `answer_each` a taken key is that row's answer;
+    otherwise it raises DuplicateJobError and the caller rolls back.
+
+    Raises:
+        DuplicateJobError: a key with on_conflict "raise" is taken; `index` names the row.
+        OptionError: a job_id was not handed out by `new_job_ids`.
+    """
+    plain = [i for i, row in enumerate(rows) if row.key is None and row.job_id is None]
+    special = [i for i, row in enumerate(rows) if row.key is not None or row.job_id is not None]
+    answers: dict[int, Enqueued | DuplicateJobError] = {}
+    for start in range(0, len(plain), CHUNK):
+        if start:
+            between_chunks()
+        chunk = plain[start : start + CHUNK]
+        ids = _enqueue_plain(conn, schema, [rows[i] for i in chunk], notify_inside=notify_inside)
+        answers.update(zip(chunk, map(_created, ids), strict=True))
+    if special:
+        special.sort(key=lambda i: (rows[i].queue, rows[i].key or "", i))
+        _enqueue_special(conn, schema, rows, special, answers, between_chunks, answer_each=answer_each)
+        if notify_inside:
+            queues = sorted({rows[i].queue for i in special})
+            _cursor(conn).execute(statement(NOTIFY_INSIDE, schema), {"queues": queues})
+    return [answers[i] for i in range(len(rows))]
+
+
+def _created(job_id: int) -> Enqueued:
+    return Enqueued(job_id, created=True)
+
+
+def _cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[tuple[Any, ...]]:
+    # The connection may be the caller's, with a row factory and a cursor class of its own.
+    return psycopg.Cursor(conn, row_factory=tuple_row)
+
+
+def _enqueue_plain(
+    conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow], *, notify_inside: bool
+) -> list[int]:
+    parameters = {
+        "queues": [r.queue for r in rows],
+        "payloads": [r.payload for r in rows],
+        "encodings": [r.encoding for r in rows],
+        "metadata": [r.metadata for r in rows],
+        "priorities": [r.priority for r in rows],
+        "max_attempts": [r.max_attempts for r in rows],
+        "timeouts": [r.timeout for r in rows],
+        "deadlines": [r.deadline for r in rows],
+        "run_ats": [r.run_at for r in rows],
+        "delays": [r.delay for r in rows],
+        "notify": sorted({r.queue for r in rows}) if notify_inside else [],
+    }
+    return [row[0] for row in _cursor(conn).execute(statement(ENQUEUE_PLAIN, schema), parameters).fetchall()]
+
+
+def _enqueue_special(
+    conn: psycopg.Connection[Any],
+    schema: str,
+    rows: Sequence[NewRow],
+    order: Collection[int],
+    answers: dict[int, Enqueued | DuplicateJobError],
+    between_chunks: Callable[[], None],
+    *,
+    answer_each: bool,
+) -> None:
+    cursor = _cursor(conn)
+    _check_job_ids(cursor, schema, rows)
+    drawn = iter(new_job_ids(conn, schema, sum(rows[i].job_id is None for i in order)))
+    for done, i in enumerate(order):
+        if done and done % CHUNK == 0:
+            between_chunks()
+        row = rows[i]
+        job_id = next(drawn) if row.job_id is None else row.job_id
+        parameters = {name: getattr(row, name) for name in row.__slots__}
+        parameters |= {"job_id": job_id, "delay": row.delay or 0.0}
+        template = ENQUEUE_BY_ID if row.key is None else ENQUEUE_KEYED
+        found = cursor.execute(statement(template, schema), parameters).fetchone()
+        assert found is not None
+        answer = Enqueued(found[0], created=found[1], replaced=found[2])
+        if not answer.created and row.key is not None and row.on_conflict == "raise" and answer.id != job_id:
+            index = i if len(rows) > 1 and not answer_each else None
+            duplicate = DuplicateJobError(queue=row.queue, key=row.key, job_id=answer.id, index=index)
+            if not answer_each:
+                raise duplicate
+            answers[i] = duplicate
+        else:
+            answers[i] = answer
+
+
+def _check_job_ids(cursor: psycopg.Cursor[tuple[Any, ...]], schema: str, rows: Sequence[NewRow]) -> None:
+    given = [row.job_id for row in rows if row.job_id is not None]
+    if given:
+        found = cursor.execute(statement(HANDED_OUT, schema)).fetchone()
+        assert found is not None
+        if max(given) > found[0]:
+            raise OptionError("job_id", max(given), "an id that new_job_id() handed out", operation="enqueueing")

@@ -1,0 +1,59 @@
+"""Reads: jobs by id, and whether anything is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Final
+
+import psycopg
+
+from .._model import RawJob
+from .statements import statement
+
+__all__ = ["ended", "idle", "read_jobs"]
+
+READ_JOBS: Final = """
+SELECT s.id, s.queue, s.status, s.attempts, s.max_attempts, s.priority, s.run_at, s.key, s.metadata,
+       s.group_id, s.enqueued_at, s.claimed_at, s.finished_at, s.last_error,
+       j.payload, j.encoding, j.deadline, o.result, o.encoding
+FROM {schema}.job_status s
+JOIN {schema}.jobs j ON j.id = s.id
+LEFT JOIN LATERAL (
+    SELECT x.result, x.encoding FROM {schema}.outcomes x
+    WHERE s.status = 'done' AND x.job_id = s.id ORDER BY x.no DESC LIMIT 1
+) o ON true
+WHERE s.id = ANY (%(ids)s::bigint[])
+"""
+
+# One snapshot: a job on its way from one table to the next is in exactly one of them.
+ENDED: Final = """
+SELECT i FROM unnest(%(ids)s::bigint[]) i
+WHERE NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i)
+  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i)
+  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i)
+"""
+
+IDLE: Final = """
+SELECT NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.queue = ANY (%(queues)s))
+   AND NOT EXISTS (SELECT FROM {schema}.scheduled s
+                   WHERE s.queue = ANY (%(queues)s) AND s.run_at <= statement_timestamp())
+   AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.queue = ANY (%(queues)s))
+"""
+
+
+def read_jobs(conn: psycopg.Connection[Any], schema: str, ids: Sequence[int]) -> list[RawJob]:
+    """Return the jobs that exist, in no particular order."""
+    rows = conn.execute(statement(READ_JOBS, schema), {"ids": list(ids)}).fetchall()
+    return [RawJob(*row) for row in rows]
+
+
+def ended(conn: psycopg.Connection[Any], schema: str, ids: Sequence[int]) -> list[int]:
+    """Return those ids that are neither waiting nor running: ended, or unknown."""
+    return [row[0] for row in conn.execute(statement(ENDED, schema), {"ids": list(ids)}).fetchall()]
+
+
+def idle(conn: psycopg.Connection[Any], schema: str, queues: Collection[str]) -> bool:
+    """Return whether nothing due or running is left in these queues."""
+    row = conn.execute(statement(IDLE, schema), {"queues": sorted(queues)}).fetchone()
+    assert row is not None
+    return bool(row[0])

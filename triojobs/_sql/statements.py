@@ -1,0 +1,25 @@
+"""From a template with `{schema}` to the bytes that psycopg sends."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import LiteralString
+
+from psycopg import sql
+
+__all__ = ["statement"]
+
+
+@lru_cache(maxsize=1024)
+def statement(template: LiteralString, schema: str) -> bytes:
+    """Return `template` with `{schema}` as an identifier, `{channel}` and `{job_ids}` as literals.
+
+    The channel of a schema's notifications is named like the schema. The same bytes object comes
+    back each time, so psycopg recognises the statement and prepares it.
+    """
+    composed = sql.SQL(template).format(
+        schema=sql.Identifier(schema),
+        channel=sql.Literal(schema),
+        job_ids=sql.Literal(f"{schema}.job_ids"),
+    )
+    return composed.as_bytes(None)

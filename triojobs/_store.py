@@ -1,0 +1,203 @@
+"""The seam between tasks and database: what a worker group and a client ask of a store.
+
+Two implementations pass the same contract suite: `PostgresStore` and `testing.MemoryStore`.
+
+Cancellation: every coroutine here is "cancelled before it starts, or done": `trio.Cancelled` out of
+a call means that it was never started. Nothing is abandoned in flight. Callbacks named `book` and
+`written` run right after the commit, before anything can be interrupted, possibly in a thread.
+
+Errors: `DatabaseError` (with `transient` and `committed`), `SchemaError`, and what each names.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from ._lease import Lease
+from ._model import (
+    CancelRequest,
+    Claim,
+    Enqueued,
+    NewRow,
+    RawJob,
+    Registration,
+    Settled,
+    Settlement,
+)
+
+__all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "CommitPort", "ListenEvents", "Store"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimOrder:
+    """What to claim.
+
+    Attributes:
+        wants: most rows per queue (all > 0). promote: first move due rows of `promote` queues from
+            `scheduled` to `ready`, at most 1,000.
+    """
+
+    group_id: uuid.UUID
+    epoch: int
+    claim_no: int
+    wants: Mapping[str, int]
+    promote: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimReply:
+    """What a claim gave.
+
+    Attributes:
+        got: rows per queue. promoted: rows moved (1,000 means that more may be due).
+        next_due_in: seconds until the earliest row left in `scheduled` is due; None: there is none
+            or nothing was promoted.
+    """
+
+    got: Mapping[str, int]
+    promoted: Mapping[str, int]
+    next_due_in: float | None = None
+
+
+class BeatEvents(Protocol):
+    """What the beat loop reports; called from its thread, so everything here is thread-safe."""
+
+    def cancel_requests(self, requests: Sequence[CancelRequest]) -> None: ...
+    def lease_lost(self) -> None: ...
+    def rescued(self, jobs: int) -> None: ...
+
+
+class ListenEvents(Protocol):
+    """What the listener reports; called on the event loop."""
+
+    def listening(self, healthy: bool) -> None: ...
+    def queue_woken(self, queue: str) -> None: ...
+    def group_woken(self) -> None: ...
+
+
+class CommitPort(Protocol):
+    """What `Job.commit` tells while it runs in its thread."""
+
+    def committed(self) -> None: ...
+
+
+class Store(Protocol):
+    """The database, as worker groups and clients see it."""
+
+    def now(self) -> float:
+        """Return the reading of the monotonic clock that leases are counted on (seconds)."""
+
+    def check_owner(self) -> None:
+        """Raise TriojobsError in a forked child, which must not use its parent's connections."""
+
+    async def open(self) -> None:
+        """Connect and verify the schema. Raises DatabaseError or SchemaError; leaves nothing behind."""
+
+    async def aclose(self) -> None:
+        """Close every connection and thread. Bounded; never raises for a broken connection."""
+
+    # The worker group.
+
+    async def register(self, registration: Registration, lease: Lease) -> None:
+        """Insert the group's row and confirm the lease."""
+
+    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
+        """Beat, deliver cancel requests and rescue dead groups, until `release_lease`."""
+
+    def beat_now(self, group_id: uuid.UUID) -> None:
+        """Ask for a beat at once (it returns the group's cancel requests)."""
+
+    def release_lease(self, group_id: uuid.UUID) -> None:
+        """End `hold_lease` of this registration; a beat in flight is waited for there."""
+
+    async def listen(self, group_id: uuid.UUID, queues: Collection[str], events: ListenEvents) -> None:
+        """Report wake-ups until cancelled; reconnects by itself."""
+
+    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
+        """Promote and claim. A DatabaseError with `committed` not False leaves the claim unknown."""
+
+    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
+        """End unknown claims: raise the epoch, then release this group's rows that `known` lacks.
+
+        Returns the new epoch. Afterwards no earlier claim can commit rows.
+        """
+
+    async def mark_waiting(self, group_id: uuid.UUID, queues: Collection[str], waiting: bool) -> None:
+        """Commit that the group sleeps (or no longer sleeps) on these queues."""
+
+    async def settle(
+        self,
+        group_id: uuid.UUID,
+        batch: Sequence[Settlement],
+        written: Callable[[Sequence[Settled]], None],
+        *,
+        deadline: float | None = None,
+    ) -> None:
+        """Write outcomes, fenced; rows not reported to `written` were stale.
+
+        Safe to repeat after any error. `deadline`: clock reading at which the call is broken off.
+        """
+
+    async def close_group(
+        self,
+        group_id: uuid.UUID,
+        written: Callable[[Sequence[Settled]], None],
+        *,
+        deadline: float | None = None,
+    ) -> None:
+        """Close the registration and release all its rows, with refund. Safe to repeat."""
+
+    async def commit_work(
+        self,
+        claim: Claim,
+        work: Callable[[Any], T],
+        encode: Callable[[T], tuple[bytes, str]] | None,
+        committed: Callable[[], None],
+    ) -> T:
+        """Run `work` in a transaction fenced by the claim.
+
+        With `encode` the claim's outcome `done` is written in it too, and `committed` is called
+        right after COMMIT. Cancellable while waiting for a connection and while `work` runs.
+
+        Raises:
+            StaleClaimError: the claim has ended; everything was rolled back.
+        """
+
+    async def idle(self, queues: Collection[str]) -> bool:
+        """Return whether nothing due or running is left in these queues, anywhere."""
+
+    # The client.
+
+    async def enqueue(self, rows: Sequence[NewRow], *, deadline: float | None = None) -> list[Enqueued]:
+        """Insert jobs in one transaction, then notify.
+
+        Raises:
+            DuplicateJobError: a key with on_conflict "raise" is taken; nothing was written.
+            OptionError: a job_id was not handed out by `new_job_ids`.
+        """
+
+    async def enqueue_each(
+        self, rows: Sequence[NewRow], *, deadline: float | None = None
+    ) -> list[Enqueued | BaseException]:
+        """Insert jobs that have nothing to do with each other under shared commits, one answer each."""
+
+    async def new_job_ids(self, count: int) -> list[int]:
+        """Reserve ids."""
+
+    async def read_jobs(self, ids: Sequence[int]) -> list[RawJob]:
+        """Return the jobs that exist, in no particular order."""
+
+    async def ended(self, ids: Sequence[int]) -> list[int]:
+        """Return those ids whose job has ended or does not exist."""
+
+    async def cancel_job(self, job_id: int, reason: str) -> bool:
+        """Cancel a waiting job, or ask for the cancellation of a running one. False: it had ended.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
