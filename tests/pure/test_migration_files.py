@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from triojobs._errors import OptionError, SchemaError
-from triojobs._sql.migration_files import checked_schema, parsed, read_files, rewritten
+from triojobs._options import checked_schema
+from triojobs._sql.migration_files import parsed, read_files, rewritten
 
 REWRITTEN = [
     ("SELECT * FROM triojobs.jobs", 'SELECT * FROM "other".jobs'),
@@ -69,7 +70,7 @@ def test_plain_schema_names_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Jobs", "2jobs", "a-b", 'a"b', "a b", "jobs\n", "a" * 41, "pg_jobs", "é", "a.b", None]
+    "name", ["", "Jobs", "2jobs", "a-b", 'a"b', "a b", "jobs\n", "a" * 41, "é", "a.b", None]
 )
 def test_schema_names_that_need_quoting_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match="schema is "):

@@ -15,7 +15,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from triojobs._errors import DatabaseError
+from .._errors import DatabaseError
 
 # Connection, rollback (serialization, deadlock), resources, operator intervention; lock not available.
 TRANSIENT_SQLSTATES: Final = ("08", "40", "53", "57", "55P03")

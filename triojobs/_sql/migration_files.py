@@ -15,8 +15,8 @@ places are rewritten to the quoted name, in whole words and lower case only:
 * `triojobs` after `SCHEMA` (and `IF [NOT] EXISTS`), and directly after `search_path =` or `search_path TO`.
 
 Comments (`--` and `/* */`) and double-quoted identifiers stay as they are. Any other bare `triojobs`
-outside of strings is refused rather than left pointing at the wrong schema. The name must match
-`[a-z_][a-z0-9_]{0,39}` and not begin with `pg_`, so the quotes can never end early.
+outside of strings is refused rather than left pointing at the wrong schema. Callers pass a name that
+`checked_schema` let through (`[a-z_][a-z0-9_]{0,39}`), so the quotes can never end early.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final
 
-from triojobs._errors import OptionError, SchemaError
+from .._errors import SchemaError
+from .._options import DEFAULT_SCHEMA
 
-DEFAULT_SCHEMA: Final = "triojobs"
-
-SCHEMA_NAME: Final = re.compile(r"(?!pg_)[a-z_][a-z0-9_]{0,39}")
 FILE_NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 DIRECTIVE: Final = re.compile(r"--\s*(transactional|min_client)\s*:\s*(.*?)\s*")
 STATEMENT_LINE: Final = re.compile(r"^-- statement[ \t]*$", re.MULTILINE)
@@ -69,14 +67,6 @@ class MigrationFile:
         if self.transactional:
             return [text]
         return [part for part in STATEMENT_LINE.split(text) if part.strip()]
-
-
-def checked_schema(schema: str) -> str:
-    """Return `schema`, or raise OptionError unless it is a name that needs no escaping anywhere."""
-    if not isinstance(schema, str) or not SCHEMA_NAME.fullmatch(schema):
-        limit = "1 to 40 of a-z, 0-9 and _, beginning with a letter or _, and not with pg_"
-        raise OptionError("schema", schema, limit)
-    return schema
 
 
 def shipped_directory() -> Traversable:

@@ -29,9 +29,10 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import class_row, tuple_row
 
-from triojobs._errors import DatabaseError, SchemaError, checked_seconds
-from triojobs._sql.failures import connect, translated
-from triojobs._sql.migration_files import DEFAULT_SCHEMA, MigrationFile, checked_schema, read_files
+from .._errors import DatabaseError, SchemaError, checked_seconds
+from .._options import DEFAULT_SCHEMA, checked_schema
+from .failures import connect, translated
+from .migration_files import MigrationFile, read_files
 
 __all__ = ["CLIENT_GENERATION", "check_schema", "lock_key", "migrate", "pending_sql", "verify_schema"]
 

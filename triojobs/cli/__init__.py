@@ -14,7 +14,7 @@ from typing import IO, Any, Final
 
 import click
 
-from triojobs._errors import TriojobsError
+from .._errors import TriojobsError
 
 __all__ = ["cli"]
 

@@ -46,7 +46,7 @@ schema_option = click.option(
 def migrate(dsn: str | None, schema: str, as_sql: bool, lock_wait: float) -> None:
     """Create the schema, or bring it up to this version."""
     # psycopg is imported here, so that --help works where libpq is missing.
-    from triojobs._sql import schema as runner
+    from .._sql import schema as runner
 
     if as_sql:
         click.echo(runner.pending_sql(dsn, schema=schema), nl=False)
@@ -65,7 +65,7 @@ def migrate(dsn: str | None, schema: str, as_sql: bool, lock_wait: float) -> Non
 @schema_option
 def verify(dsn: str, schema: str) -> None:
     """Check that this version can work with the schema."""
-    from triojobs._sql import schema as runner
+    from .._sql import schema as runner
 
     runner.verify_schema(dsn, schema=schema)
     click.echo(f"schema {schema} fits this version")
