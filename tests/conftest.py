@@ -1,0 +1,90 @@
+"""Fixtures that every test may use: one PostgreSQL server per session, one database per test.
+
+TRIOJOBS_TEST_DSN names a server to use instead (its user must be allowed to create databases); so the
+same tests run against each supported version.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg import conninfo as conninfos
+from psycopg import sql
+
+from triojobs._embedded_cluster import Cluster, running_cluster
+
+SETTINGS = {
+    # Only the tests' server, whose rows nobody wants back; tests of crashes start servers of their own.
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "on",
+    "max_connections": "300",
+    "deadlock_timeout": "200ms",  # a deadlock is a failure to see soon, not after the default second
+    "log_min_messages": "fatal",  # tests provoke errors by the thousand
+    "log_min_error_statement": "panic",
+}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The conninfo of a server with nothing in it, for the whole session."""
+    if given := os.environ.get("TRIOJOBS_TEST_DSN"):
+        yield given
+        return
+    with running_cluster(Cluster(settings=SETTINGS)) as conninfo:
+        yield conninfo
+
+
+@pytest.fixture(scope="session")
+def migrated_template(cluster: str) -> Iterator[str]:
+    """The name of a database that was migrated once; `CREATE DATABASE … TEMPLATE` copies it."""
+    name = create_database(cluster)
+    try:
+        from triojobs._sql.schema import migrate
+    except ModuleNotFoundError:
+        pass  # the migration runner is not in the tree yet: the template stays empty until it is
+    else:
+        migrate(conninfos.make_conninfo(cluster, dbname=name))
+    yield name
+    drop_database(cluster, name)
+
+
+@pytest.fixture
+def empty_database(cluster: str) -> Iterator[str]:
+    """The conninfo of a new, empty database."""
+    name = create_database(cluster)
+    yield conninfos.make_conninfo(cluster, dbname=name)
+    drop_database(cluster, name)
+
+
+@pytest.fixture
+def database(cluster: str, migrated_template: str) -> Iterator[str]:
+    """The conninfo of a new, migrated database."""
+    name = create_database(cluster, template=migrated_template)
+    yield conninfos.make_conninfo(cluster, dbname=name)
+    drop_database(cluster, name)
+
+
+@pytest.fixture
+def conninfo(database: str) -> str:
+    """`database` by its other name."""
+    return database
+
+
+def create_database(cluster: str, *, template: str = "template0") -> str:
+    """Create a database with a name of its own and return the name."""
+    name = f"triojobs_test_{uuid.uuid4().hex[:12]}"
+    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+    with psycopg.connect(cluster, autocommit=True) as conn:
+        conn.execute(statement.format(sql.Identifier(name), sql.Identifier(template)))
+    return name
+
+
+def drop_database(cluster: str, name: str) -> None:
+    """Drop a database with all connections to it: a failed test may have left some."""
+    with psycopg.connect(cluster, autocommit=True) as conn:
+        conn.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
