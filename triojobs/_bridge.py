@@ -1,0 +1,371 @@
+"""The crossing between Trio tasks and blocking psycopg calls; the only module that uses threads.
+
+* A call is one short statement or transaction. It is never abandoned (`abandon_on_cancel=False`):
+  `trio.Cancelled` out of a call means that it never started; afterwards it runs to its end and its
+  result arrives. (Abandoned, 3,000 of 3,000 finished results were lost.)
+* It is bounded all the same: the breaker, one plain thread, has a deadline for every call in
+  flight. It asks the server to cancel, and a second later shuts the socket down, which ends the
+  call in every case: living server, stopped backend, black hole.
+* What must happen together with a commit (`on_commit`) happens in the thread, right after it,
+  where neither a cancel nor a signal can fall in between.
+* Limiters are our own: threads of handlers cannot delay a heartbeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+import outcome
+import psycopg
+import trio
+
+from ._database_errors import RECONNECT, RETRY, translate
+from ._errors import DatabaseError, TriojobsError
+
+__all__ = ["Breaker", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
+
+T = TypeVar("T")
+log = logging.getLogger("triojobs.bridge")
+
+CANCEL_WAIT: Final = 1.0  # seconds that the server gets to obey a cancel before the socket is shut
+RETRIES: Final = 5  # repetitions after a deadlock, a serialization failure or a lock timeout
+CONNECT_TIMEOUT_LEAST: Final = 2  # seconds; libpq's minimum
+KEEPALIVE: Final = {
+    # Both are needed: keepalives see a peer that is gone while we wait, tcp_user_timeout one that
+    # is gone while we send. Neither sees a host that is alive but hung; the breaker does.
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+
+def clock() -> float:
+    """Return monotonic seconds that go on while the machine sleeps, where the system has such a clock."""
+    return time.clock_gettime(BOOTTIME)
+
+
+BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def on_loop() -> bool:
+    """Return whether the caller runs inside a Trio task (where blocking is wrong)."""
+    return trio.lowlevel.in_trio_task()
+
+
+def check_cancelled() -> None:
+    """In a thread: raise `trio.Cancelled` if the task that waits for it was cancelled."""
+    with contextlib.suppress(RuntimeError):  # not a Trio thread: nobody to ask
+        trio.from_thread.check_cancelled()
+
+
+async def run_in_thread(fn: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    """Run a long-lived loop of ours in a thread; the caller ends it by means of its own."""
+    return await trio.to_thread.run_sync(fn, limiter=limiter, abandon_on_cancel=False)
+
+
+class Call:
+    """One blocking call in flight, as the breaker sees it.
+
+    `guarded` is False while the user's own work runs: only a cancel of the job breaks that.
+    """
+
+    def __init__(self, conn: psycopg.Connection[Any], deadline: float, timeout: float) -> None:
+        self.conn = conn
+        self.deadline = deadline
+        self.timeout = timeout
+        self.guarded = True
+        self.breaking = False
+        self.done = False
+        self.lock = threading.Lock()
+        self._on_commit: list[Callable[[], None]] = []
+        self._afterwards: list[Callable[[psycopg.Connection[Any]], None]] = []
+
+    def extend(self) -> None:
+        """Give the next statement of a long call a deadline of its own."""
+        self.deadline = clock() + self.timeout
+
+    def on_commit(self, do: Callable[[], None]) -> None:
+        """Have `do` called in this thread right after the commit."""
+        self._on_commit.append(do)
+
+    def afterwards(self, do: Callable[[psycopg.Connection[Any]], None]) -> None:
+        """Have `do(conn)` called after the commit, as a statement of its own; its failure is logged only."""
+        self._afterwards.append(do)
+
+    def finish(self) -> None:
+        """Run what waits for the commit."""
+        for do in self._on_commit:
+            do()
+        for later in self._afterwards:
+            try:
+                later(self.conn)
+            except psycopg.Error as exc:
+                # A hint only: the poll finds what it would have told.
+                log.warning("a notification was not sent: %s", exc, extra={"event": "notify_failed"})
+
+    def restart(self) -> None:
+        """Forget what a failed attempt asked for."""
+        self._on_commit.clear()
+        self._afterwards.clear()
+
+    def cancel_on_server(self) -> None:
+        """Ask the server to cancel the statement; runs in a thread of its own."""
+        with contextlib.suppress(psycopg.Error, OSError):
+            self.conn.cancel_safe(timeout=CANCEL_WAIT)
+
+    def shut_down(self) -> None:
+        """End the call by shutting its socket down. `dup`: the number may not be reused under us."""
+        with self.lock:
+            if self.done:
+                return
+            with contextlib.suppress(OSError, psycopg.Error):
+                with socket.socket(fileno=os.dup(self.conn.fileno())) as twin:
+                    twin.shutdown(socket.SHUT_RDWR)
+
+
+class Breaker:
+    """Ends calls that pass their deadline; one thread for all connections of one bridge."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: set[Call] = set()
+        self._wakes_at = float("inf")
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @contextlib.contextmanager
+    def watch(self, call: Call) -> Iterator[None]:
+        """Watch `call` while the block runs."""
+        with self._changed:
+            self._calls.add(call)
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="triojobs-breaker", daemon=True)
+                self._thread.start()
+            if call.deadline < self._wakes_at:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with call.lock:
+                call.done = True
+            with self._changed:
+                self._calls.discard(call)
+
+    def break_off(self, call: Call) -> None:
+        """Break a call off now: the job that it works for was cancelled."""
+        with self._changed:
+            if not call.done and not call.guarded:
+                call.guarded = True
+                call.deadline = clock()
+                self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread. No call may be in flight."""
+        with self._changed:
+            self._closed = True
+            thread, self._thread = self._thread, None
+            self._changed.notify()
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                now = clock()
+                for call in [c for c in self._calls if c.guarded and c.deadline <= now]:
+                    self._break(call, now)
+                # Calls that start later have later deadlines, so that mostly nobody notifies.
+                self._wakes_at = min((c.deadline for c in self._calls if c.guarded), default=float("inf"))
+                wait = None if self._wakes_at == float("inf") else max(0.0, self._wakes_at - now)
+                self._changed.wait(wait)
+
+    def _break(self, call: Call, now: float) -> None:
+        if call.breaking:
+            call.deadline = float("inf")
+            call.shut_down()
+            return
+        call.breaking = True
+        call.deadline = now + CANCEL_WAIT
+        log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
+        # Elsewhere, so that one deaf server does not delay the breaking of other calls.
+        threading.Thread(target=call.cancel_on_server, name="triojobs-cancel", daemon=True).start()
+
+
+class Line:
+    """A few dedicated connections for one purpose (mostly one), and the right to use them.
+
+    Connections are opened on demand, checked for a server's farewell before each use, and dropped
+    after an error that says that they, or the server behind them, are gone.
+
+    Args:
+        prepare: called with each new connection (session settings).
+        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction and
+            leaves nothing behind in the session.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        conninfo: str,
+        breaker: Breaker,
+        *,
+        call_timeout: float,
+        prepare: Callable[[psycopg.Connection[Any]], None],
+        size: int = 1,
+        pooled: bool = False,
+    ) -> None:
+        self.role = role
+        self._conninfo = conninfo
+        self._breaker = breaker
+        self._call_timeout = call_timeout
+        self._prepare = prepare
+        self._pooled = pooled
+        self._limiter = trio.CapacityLimiter(size)
+        self._idle: list[psycopg.Connection[Any]] = []
+        self._pid = os.getpid()
+
+    async def run(self, operation: str, fn: Callable[[Call], T], *, deadline: float | None = None) -> T:
+        """Run `fn` in a thread, on one of the connections.
+
+        Cancellation: cancelled while it waits for its turn, or done.
+
+        Raises:
+            DatabaseError: translated from psycopg's; `committed` says what is known.
+        """
+        return await trio.to_thread.run_sync(
+            self.call, operation, fn, deadline, limiter=self._limiter, abandon_on_cancel=False
+        )
+
+    async def run_breakable(self, operation: str, fn: Callable[[Call], T]) -> T:
+        """Run `fn`, breaking it off when the caller is cancelled while `call.guarded` is False.
+
+        A value that comes back in spite of a cancel is returned: its commit has happened.
+        """
+        calls: list[Call] = []
+        finished, watched = trio.Event(), trio.Event()
+
+        def in_thread(call: Call) -> T:
+            calls.append(call)
+            return fn(call)
+
+        async def watch() -> None:
+            try:
+                await finished.wait()
+            except trio.Cancelled:
+                # Not swallowed: the caller stands in the same scope and meets it at its next checkpoint.
+                for call in calls:
+                    self._breaker.break_off(call)
+            finally:
+                watched.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            result = await outcome.acapture(self.run, operation, in_thread)
+            finished.set()
+            with trio.CancelScope(shield=True):
+                await watched.wait()
+        if isinstance(result, outcome.Error) and isinstance(result.error, DatabaseError):
+            await trio.lowlevel.checkpoint_if_cancelled()  # the cancel is why it failed
+        return result.unwrap()
+
+    def call(self, operation: str, fn: Callable[[Call], T], deadline: float | None = None) -> T:
+        """Run `fn` in this thread. See `run`."""
+        if os.getpid() != self._pid:
+            raise TriojobsError(
+                f"process {os.getpid()} uses connections of its parent {self._pid}",
+                operation=operation,
+                hint="open a client or group of its own after the fork",
+            )
+        limit = clock() + self._call_timeout
+        limit = limit if deadline is None else min(limit, deadline)
+        conn = self._take(operation, limit)
+        try:
+            result = self._attempts(operation, fn, conn, limit)
+        except BaseException:
+            if conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+                conn.close()
+            else:
+                self._idle.append(conn)
+            raise
+        self._idle.append(conn)
+        return result
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _attempts(
+        self, operation: str, fn: Callable[[Call], T], conn: psycopg.Connection[Any], limit: float
+    ) -> T:
+        for attempt in range(RETRIES + 1):
+            call = Call(conn, limit, self._call_timeout)
+            try:
+                with self._breaker.watch(call):
+                    result = self._in_transaction(call, fn) if self._pooled else fn(call)
+                    call.finish()
+                return result
+            except psycopg.Error as exc:
+                if exc.sqlstate in RECONNECT:
+                    conn.close()
+                pause = random.uniform(0.01, 0.1)
+                if exc.sqlstate in RETRY and attempt < RETRIES and clock() + pause < limit:
+                    time.sleep(pause)
+                    continue
+                raise translate(exc, operation=operation, sent=True) from exc
+        raise AssertionError  # the last attempt returns or raises
+
+    def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
+        milliseconds = int(self._call_timeout * 1000)
+        with call.conn.transaction():
+            call.conn.execute(
+                "SELECT set_config('statement_timeout', %(t)s, true), set_config('lock_timeout', '2s', true)",
+                {"t": f"{milliseconds}ms"},
+            )
+            return fn(call)
+
+    def _take(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+        while self._idle:
+            conn = self._idle.pop()
+            # A server that said goodbye while we were idle has left something to read.
+            if not conn.closed and not select.select([conn.fileno()], [], [], 0)[0]:
+                return conn
+            conn.close()
+        try:
+            conn = connect(self._conninfo, limit - clock(), pooled=self._pooled)
+        except psycopg.Error as exc:
+            raise translate(exc, operation=operation, sent=False) from exc
+        try:
+            with self._breaker.watch(Call(conn, limit, self._call_timeout)):
+                self._prepare(conn)
+        except psycopg.Error as exc:
+            conn.close()
+            raise translate(exc, operation=operation, sent=False) from exc
+        return conn
+
+
+IDLE: Final = psycopg.pq.TransactionStatus.IDLE
+
+
+def connect(conninfo: str, seconds: float, *, pooled: bool = False) -> psycopg.Connection[Any]:
+    """Open an autocommit connection pinned to READ COMMITTED, within about `seconds`."""
+    given = psycopg.conninfo.conninfo_to_dict(conninfo)
+    extra: dict[str, Any] = {name: value for name, value in KEEPALIVE.items() if name not in given}
+    extra.setdefault("application_name", given.get("application_name", "triojobs"))
+    extra["connect_timeout"] = max(CONNECT_TIMEOUT_LEAST, int(seconds))
+    conn = psycopg.connect(
+        conninfo, autocommit=True, prepare_threshold=None if pooled else 2, **extra
+    )
+    conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    return conn

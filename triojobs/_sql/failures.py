@@ -1,0 +1,122 @@
+"""psycopg's errors in one clear line: what happened, and what to do about it. Never a password.
+
+Server errors are told by SQLSTATE. Errors of connecting carry none (libpq gives only text), so they are
+told by words that every libpq and server in English uses; in another language the hint is the general
+one and `transient` is the cautious guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from .._errors import DatabaseError
+
+# Connection, rollback (serialization, deadlock), resources, operator intervention; lock not available.
+TRANSIENT_SQLSTATES: Final = ("08", "40", "53", "57", "55P03")
+
+# Words of a failed connect, whether it may heal, and the hint; the first that matches wins.
+CONNECT_HINTS: Final = (
+    (("starting up", "shutting down", "too many", "connection slots"), True, "try again later"),
+    (("password", "authentication", "pg_hba.conf"), False, "check user and password of the conninfo"),
+    (('role "',), False, "check the user of the conninfo, or create that role"),
+    (('database "',), False, "check dbname of the conninfo, or create that database"),
+)
+UNREACHABLE_HINT: Final = "check host and port of the conninfo, and that the server is running"
+
+
+@contextmanager
+def translated(operation: str, *, doing: str = "", committed: bool | None = False) -> Iterator[None]:
+    """Turn psycopg errors inside the block into DatabaseError.
+
+    Args:
+        operation: as in TriojobsError.
+        doing: put before psycopg's words ("0002_x.sql").
+        committed: what is known when the connection breaks; after a server's error it is always False.
+    """
+    try:
+        yield
+    except psycopg.Error as exc:
+        broken = exc.sqlstate is None or exc.sqlstate.startswith("08")
+        raise DatabaseError(
+            f"{doing}: {one_line(exc)}" if doing else one_line(exc),
+            operation=operation,
+            hint=_hint(exc),
+            sqlstate=exc.sqlstate,
+            transient=_is_transient(exc),
+            committed=committed if broken else False,
+        ) from exc
+
+
+def connect(conninfo: str, *, operation: str, application_name: str) -> psycopg.Connection[Any]:
+    """Open an autocommit connection, or raise DatabaseError that says what to check in the conninfo."""
+    password = _checked_options(conninfo, operation=operation).get("password")
+    try:
+        return psycopg.connect(
+            conninfo,
+            autocommit=True,
+            prepare_threshold=None,
+            application_name=application_name,
+            client_encoding="utf8",  # with SQL_ASCII from the environment, text would arrive as bytes
+        )
+    except psycopg.Error as exc:
+        text = one_line(exc)
+        if password:
+            text = text.replace(str(password), "***")
+        transient, hint = True, UNREACHABLE_HINT
+        for words, may_heal, remedy in CONNECT_HINTS:
+            if any(word in text for word in words):
+                transient, hint = may_heal, remedy
+                break
+        raise DatabaseError(
+            text, operation=operation, hint=hint, sqlstate=exc.sqlstate, transient=transient
+        ) from exc
+
+
+def one_line(exc: psycopg.Error) -> str:
+    """Return an error's words without line breaks and without the server's context lines."""
+    # Lines that begin with a tab are libpq's "Is the server running …?": the hint says it.
+    text = exc.diag.message_primary or re.sub(r"\n\t[^\n]*", "", str(exc))
+    return " ".join(text.split()) or type(exc).__name__
+
+
+def _checked_options(conninfo: str, *, operation: str) -> dict[str, Any]:
+    try:
+        options = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        # libpq repeats parts of the conninfo, so neither its words nor the cause may be shown.
+        raise DatabaseError(
+            "the conninfo cannot be parsed",
+            operation=operation,
+            hint="write postgresql://user:password@host:port/dbname, special characters percent-encoded, "
+            "or key=value pairs, values with spaces quoted",
+        ) from None
+    # user:pa@ss@host: the rest of the password became part of the host, and would be shown as such.
+    # A leading @ is an abstract socket.
+    if "@" in str(options.get("host") or "")[1:]:
+        raise DatabaseError(
+            "the host of the conninfo contains @", operation=operation, hint="write @ in a password as %40"
+        )
+    return options
+
+
+def _is_transient(exc: psycopg.Error) -> bool:
+    if exc.sqlstate is None:
+        return isinstance(exc, psycopg.OperationalError)  # the connection broke
+    return exc.sqlstate.startswith(TRANSIENT_SQLSTATES)
+
+
+def _hint(exc: psycopg.Error) -> str:
+    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        return (
+            "use a role with CREATE on the database, or let its owner run "
+            "CREATE SCHEMA … AUTHORIZATION this role first"
+        )
+    if isinstance(exc, psycopg.errors.ReadOnlySqlTransaction):
+        return "connect to the primary server, not to a standby"
+    return UNREACHABLE_HINT if exc.sqlstate is None else ""
