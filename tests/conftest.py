@@ -18,6 +18,7 @@ from psycopg import conninfo as conninfos
 from psycopg import sql
 
 from triojobs._embedded_cluster import Cluster, running_cluster
+from triojobs._sql.schema import migrate
 
 SETTINGS = {
     # Only the tests' server, whose rows nobody wants back; tests of crashes start servers of their own.
@@ -55,12 +56,7 @@ def cluster() -> Iterator[str]:
 def migrated_template(cluster: str) -> Iterator[str]:
     """The name of a database that was migrated once; `CREATE DATABASE … TEMPLATE` copies it."""
     name = create_database(cluster)
-    try:
-        from triojobs._sql.schema import migrate
-    except ModuleNotFoundError:
-        pass  # the migration runner is not in the tree yet: the template stays empty until it is
-    else:
-        migrate(conninfos.make_conninfo(cluster, dbname=name))
+    migrate(conninfos.make_conninfo(cluster, dbname=name))
     yield name
     drop_database(cluster, name)
 
