@@ -37,13 +37,19 @@ MEMORY_NEEDED = 2 * 1024**3  # bytes free; a container often has 64 MB there: th
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
+def memory() -> Path | None:
+    """A directory in memory with room for clusters, or None."""
+    room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
+    return MEMORY if room else None
+
+
+@pytest.fixture(scope="session")
+def cluster(memory: Path | None) -> Iterator[str]:
     """The conninfo of a server with nothing in it, for the whole session."""
     if given := os.environ.get("TRIOJOBS_TEST_DSN"):
         yield given
         return
-    in_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
-    data_dir = MEMORY / f"triojobs-test-{uuid.uuid4().hex[:12]}" if in_memory else None
+    data_dir = None if memory is None else memory / f"triojobs-test-{uuid.uuid4().hex[:12]}"
     try:
         with running_cluster(Cluster(data_dir, settings=SETTINGS)) as conninfo:
             yield conninfo

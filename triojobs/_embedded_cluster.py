@@ -8,7 +8,7 @@ and then exhausts `stopping()`. That is all of the cancellation logic.
 A directory that we keep looks like this; everything in it is ours:
 
     pgdata/              the cluster; its presence means that initdb had finished
-    pgdata.unfinished/   initdb at work, or what a killed one left
+    pgdata.unfinished-*/ initdb at work, or what a killed one left
     server.log           of the newest start
     postgres-18.4/       the programs, only where their account could not read the originals
 
@@ -51,6 +51,7 @@ START_TIMEOUT: Final = 60.0  # seconds, as pg_ctl; crash recovery after a long w
 STOP_SIGNALS: Final = ((signal.SIGINT, 5.0), (signal.SIGQUIT, 1.0), (signal.SIGKILL, 1.0))
 SUPERUSER: Final = "triojobs"
 PORT: Final = 5432  # only names the socket file; each server has a socket directory of its own
+UNFINISHED: Final = "pgdata.unfinished-"
 SOCKET_PREFIX: Final = "triojobs-socket-"
 SOCKET_PATH_LIMIT: Final = 107  # bytes, Linux' sun_path without its NUL
 LOG_LINES: Final = 5  # of the server's log, repeated in an error
@@ -148,10 +149,13 @@ class Cluster:
         self.port = str(PORT)
 
     def initializing(self, home: Path, programs: Programs, account: Account) -> Iterator[None]:
-        """Make the cluster under another name; the rename says that it is whole."""
-        unfinished = home / "pgdata.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700)
+        """Make the cluster under another name; the rename says that it is whole.
+
+        A new name each time: the initdb of an owner that was killed may still be writing to its own.
+        """
+        for left in home.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
         account.take_over(unfinished)
         command = [str(programs.bindir / "initdb"), "-D", str(unfinished), "-A", "trust", "-U", SUPERUSER]
         command += ["--no-locale", "-E", "UTF8", *(["--no-sync"] if self.data_dir is None else [])]
@@ -308,8 +312,8 @@ def prepared_home(data_dir: str | os.PathLike[str] | None) -> Path:
         limit = f"a directory that can be made and written ({exc.strerror})"
         raise OptionError("data_dir", str(home), limit, operation=OPERATION) from exc
     whole = (home / "pgdata" / "PG_VERSION").exists()
-    foreign = names - {"pgdata.unfinished", "server.log"}
-    if not whole and any(not name.startswith("postgres-") for name in foreign):
+    foreign = [name for name in names if not name.startswith(("server.log", UNFINISHED, "postgres-"))]
+    if not whole and foreign:
         limit = "new, empty, or a directory that open_embedded_postgres made"
         hint = f"name a directory inside it, such as {home / 'postgres'}"
         raise OptionError("data_dir", str(home), limit, operation=OPERATION, hint=hint)
