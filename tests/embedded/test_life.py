@@ -12,7 +12,8 @@ import psycopg
 import pytest
 import trio
 
-from triojobs._embedded_cluster import Cluster, read_pid_file
+from triojobs._embedded_cluster import Cluster
+from triojobs._embedded_directory import read_pid_file
 from triojobs._embedded_programs import server_account
 from triojobs._errors import DatabaseError
 from triojobs.embedded import EmbeddedPostgres, open_embedded_postgres
@@ -34,6 +35,16 @@ async def main():
                 print("still up", conn.execute("SELECT 1").fetchone(), flush=True)
 
 trio.run(main)
+"""
+
+
+BUSY = b"""
+DO $$
+DECLARE last timestamptz := clock_timestamp() + interval '700 ms';
+BEGIN
+    RAISE NOTICE 'begun';
+    WHILE clock_timestamp() < last LOOP END LOOP;
+END $$
 """
 
 
@@ -77,6 +88,19 @@ async def test_rows_survive_a_killed_server(place: Path) -> None:
         assert value(conninfo, "SELECT count(*) FROM kept") == 1000
 
     assert processes_below(place) == []
+
+
+async def test_a_busy_backend_of_a_killed_server_is_waited_for(place: Path) -> None:
+    async with open_embedded_postgres(place / "data") as conninfo:
+        busy = psycopg.connect(conninfo)
+        busy.pgconn.send_query(BUSY)
+        await trio.lowlevel.wait_readable(busy.fileno())  # its notice: the loop runs
+        os.kill(postmaster(place / "data"), signal.SIGKILL)
+
+    async with open_embedded_postgres(place / "data") as conninfo:
+        await trio.lowlevel.wait_readable(busy.fileno())  # it saw the end of its server
+        assert value(conninfo, "SELECT 1") == 1
+    busy.close()
 
 
 async def test_the_server_of_a_killed_owner_is_adopted_and_stopped(

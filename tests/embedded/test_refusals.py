@@ -6,12 +6,13 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from triojobs import _embedded_cluster, _embedded_programs
+from triojobs import _embedded_cluster, _embedded_directory, _embedded_programs
 from triojobs._embedded_programs import Account, candidates, version_of
 from triojobs._errors import DatabaseError, OptionError, TriojobsError
 from triojobs.embedded import open_embedded_postgres
@@ -159,7 +160,7 @@ async def test_programs_that_do_not_run(place: Path) -> None:
 
 
 async def test_no_place_for_the_socket(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_embedded_cluster, "SOCKET_PATH_LIMIT", 20)
+    monkeypatch.setattr(_embedded_directory, "SOCKET_PATH_LIMIT", 20)
 
     error = str(await refusal(None))
 
@@ -172,7 +173,7 @@ async def test_a_long_tmpdir_moves_only_the_socket(place: Path, monkeypatch: pyt
     long = place / ("x" * 100)
     long.mkdir()
     long.chmod(0o711)
-    monkeypatch.setattr(_embedded_cluster.tempfile, "tempdir", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
 
     async with open_embedded_postgres() as conninfo:
         assert "host='/tmp/triojobs-socket-" in conninfo
