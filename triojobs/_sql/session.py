@@ -17,7 +17,6 @@ __all__ = ["prepare_job_session", "prepare_session", "refuse_undeclared_pooler"]
 PREPARE: Final = """
 SELECT set_config(s.name, w.value, false)
 FROM (VALUES ('default_transaction_isolation', 'read committed'),
-             ('default_transaction_read_only', 'off'),
              ('plan_cache_mode', 'force_generic_plan'),
              ('jit', 'off'),
              ('client_connection_check_interval', '1s'),
