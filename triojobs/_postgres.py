@@ -14,7 +14,7 @@ import psycopg
 import trio
 
 from ._bridge import Breaker, Call, Line, check_cancelled, clock, run_in_thread
-from ._errors import DatabaseError, DuplicateJobError, SchemaError, StaleClaimError, TriojobsError
+from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
@@ -186,7 +186,7 @@ class PostgresStore:
             got = dict.fromkeys(order.wants, 0)
             for claimed in claims:
                 got[claimed.queue] += 1
-            self._notify_later(call, {q for q, n in promoted.items() if n > got.get(q, 0)})
+            self.notify_later(call, {q for q, n in promoted.items() if n > got.get(q, 0)})
             return ClaimReply(got, promoted, due)
 
         return await self._claim_line.run("claiming jobs", work)
@@ -194,7 +194,7 @@ class PostgresStore:
     async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
         def work(call: Call) -> int:
             epoch, queues = groups.sweep_strays(call.conn, self.schema, group_id, known())
-            self._notify_later(call, set(queues))
+            self.notify_later(call, set(queues))
             # Without a row the group has been rescued; no epoch matches, and the next beat tells.
             return -1 if epoch is None else epoch
 
@@ -217,7 +217,7 @@ class PostgresStore:
         def work(call: Call) -> None:
             rows, queues = settle.settle(call.conn, self.schema, group_id, batch)
             call.on_commit(lambda: written(rows))
-            self._notify_later(call, queues)
+            self.notify_later(call, queues)
 
         await self._settle_line.run(f"settling {len(batch)} job(s)", work, deadline=deadline)
 
@@ -231,7 +231,7 @@ class PostgresStore:
         def work(call: Call) -> None:
             rows, queues = groups.close_group(call.conn, self.schema, group_id)
             call.on_commit(lambda: written(rows))
-            self._notify_later(call, queues)
+            self.notify_later(call, queues)
 
         await self._settle_line.run("closing the worker group", work, deadline=deadline)
 
@@ -275,7 +275,7 @@ class PostgresStore:
                 answers = enqueue_sql.enqueue(
                     call.conn, self.schema, rows, notify_inside=False, between_chunks=between_chunks
                 )
-            self._notify_later(call, {row.queue for row in rows})
+            self.notify_later(call, {row.queue for row in rows})
             return [a for a in answers if isinstance(a, Enqueued)]  # a taken key has raised
 
         return await self._client_line.run(f"enqueueing {len(rows)} job(s)", work, deadline=deadline)
@@ -288,7 +288,7 @@ class PostgresStore:
                 answers = enqueue_sql.enqueue(
                     call.conn, self.schema, rows, notify_inside=False, answer_each=True
                 )
-            self._notify_later(call, {row.queue for row in rows})
+            self.notify_later(call, {row.queue for row in rows})
             return list(answers)
 
         async def alone(row: NewRow) -> Enqueued | BaseException:
@@ -331,7 +331,8 @@ class PostgresStore:
 
         return await self._client_line.run(f"cancelling job {job_id}", work)
 
-    def _notify_later(self, call: Call, queues: Collection[str]) -> None:
+    def notify_later(self, call: Call, queues: Collection[str]) -> None:
+        """Wake who waits for these queues, after the commit of this call."""
         if queues and self._notify:
             call.afterwards(lambda conn: notify.notify_waiting(conn, self.schema, queues))
 
@@ -445,9 +446,15 @@ class BeatLoop:
             self._control.wait(min(self._lease.next_beat(clock()), self._next_rescue) - clock())
             if self._control.stopped:
                 return
-            if clock() < self._next_rescue or not self._quietly("rescuing", self._rescue):
-                if not self._beat():
-                    return
+            # The beat always goes first: it keeps our own jobs, a rescue can wait.
+            if not self._beat():
+                return
+            if clock() >= self._next_rescue:
+                self._next_rescue = clock() + self._rescue_interval * random.uniform(0.5, 1.0)
+                self._quietly("rescuing dead worker groups", self._rescue)
+            if clock() >= self._next_partitions:
+                self._next_partitions = clock() + PARTITION_INTERVAL * random.uniform(0.5, 1.5)
+                self._quietly("adding partitions", self._add_partitions)
 
     def _beat(self) -> bool:
         sent = clock()
@@ -460,10 +467,33 @@ class BeatLoop:
             log.warning("%s", exc, extra={"event": "beat_failed"})
             return True
         if requests is None:
-            self._lease.lose()
-            self._events.lease_lost()
+            if not self._control.stopped:  # once closing has begun, a closed row is no news
+                self._lease.lose()
+                self._events.lease_lost()
             return False
         self._lease.confirm(sent)
         if requests:
             self._events.cancel_requests(requests)
         return True
+
+    def _rescue(self, call: Call) -> None:
+        found = groups.rescue(call.conn, self._store.schema)
+        if found.jobs:
+            log.warning(
+                "rescued %d job(s) of %d dead worker group(s)",
+                found.jobs,
+                len(found.groups),
+                extra={"event": "rescued", "groups": [str(g) for g in found.groups], "jobs": found.jobs},
+            )
+            call.on_commit(lambda: self._events.rescued(found.jobs))
+        self._store.notify_later(call, found.queues)
+
+    def _add_partitions(self, call: Call) -> None:
+        groups.add_partitions(call.conn, self._store.schema)
+
+    def _quietly(self, operation: str, fn: Callable[[Call], None]) -> None:
+        """Do a service to all groups; its failure is logged, and the next round comes."""
+        try:
+            self._line.call(operation, fn)
+        except DatabaseError as exc:
+            log.warning("%s", exc, extra={"event": "service_failed"})
