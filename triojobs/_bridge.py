@@ -28,8 +28,9 @@ import outcome
 import psycopg
 import trio
 
-from ._database_errors import RECONNECT, RETRY, translate
 from ._errors import DatabaseError, TriojobsError
+from ._sql import failures
+from ._sql.failures import RECONNECT, RETRY, translate
 
 __all__ = ["Breaker", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
 
@@ -94,6 +95,19 @@ class Call:
     def extend(self) -> None:
         """Give the next statement of a long call a deadline of its own."""
         self.deadline = clock() + self.timeout
+
+    @contextlib.contextmanager
+    def unguarded(self) -> Iterator[None]:
+        """Lift the deadline while the user's own work runs; only a cancel breaks it off."""
+        with self.lock:
+            self.guarded = False
+        try:
+            yield
+        finally:
+            with self.lock:
+                if not self.breaking:
+                    self.extend()
+                self.guarded = True
 
     def on_commit(self, do: Callable[[], None]) -> None:
         """Have `do` called in this thread right after the commit."""
@@ -164,7 +178,7 @@ class Breaker:
 
     def break_off(self, call: Call) -> None:
         """Break a call off now: the job that it works for was cancelled."""
-        with self._changed:
+        with self._changed, call.lock:
             if not call.done and not call.guarded:
                 call.guarded = True
                 call.deadline = clock()
@@ -247,6 +261,26 @@ class Line:
             self.call, operation, fn, deadline, limiter=self._limiter, abandon_on_cancel=False
         )
 
+    async def run_on(
+        self, conn: psycopg.Connection[Any], operation: str, fn: Callable[[psycopg.Connection[Any]], T]
+    ) -> T:
+        """Run `fn` in a thread on a connection that was taken out of this line; bounded like every call."""
+
+        def work() -> T:
+            try:
+                with self._breaker.watch(Call(conn, clock() + self._call_timeout, self._call_timeout)):
+                    return fn(conn)
+            except psycopg.Error as exc:
+                raise translate(exc, operation=operation) from exc
+
+        return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
+
+    async def take_out(self, operation: str) -> psycopg.Connection[Any]:
+        """Return a connection that is no longer this line's; the caller closes it."""
+        conn = await self.run(operation, lambda call: call.conn)
+        self._idle.remove(conn)
+        return conn
+
     async def run_breakable(self, operation: str, fn: Callable[[Call], T]) -> T:
         """Run `fn`, breaking it off when the caller is cancelled while `call.guarded` is False.
 
@@ -323,7 +357,7 @@ class Line:
                 if exc.sqlstate in RETRY and attempt < RETRIES and clock() + pause < limit:
                     time.sleep(pause)
                     continue
-                raise translate(exc, operation=operation, sent=True) from exc
+                raise translate(exc, operation=operation) from exc
         raise AssertionError  # the last attempt returns or raises
 
     def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
@@ -342,30 +376,36 @@ class Line:
             if not conn.closed and not select.select([conn.fileno()], [], [], 0)[0]:
                 return conn
             conn.close()
-        try:
-            conn = connect(self._conninfo, limit - clock(), pooled=self._pooled)
-        except psycopg.Error as exc:
-            raise translate(exc, operation=operation, sent=False) from exc
+        conn = connect(
+            self._conninfo, limit - clock(), operation=operation, role=self.role, pooled=self._pooled
+        )
         try:
             with self._breaker.watch(Call(conn, limit, self._call_timeout)):
                 self._prepare(conn)
-        except psycopg.Error as exc:
+        except BaseException as exc:
             conn.close()
-            raise translate(exc, operation=operation, sent=False) from exc
+            if not isinstance(exc, psycopg.Error):
+                raise
+            error = translate(exc, operation=operation)
+            error.committed = False  # the statement itself was never sent
+            raise error from exc
         return conn
 
 
 IDLE: Final = psycopg.pq.TransactionStatus.IDLE
 
 
-def connect(conninfo: str, seconds: float, *, pooled: bool = False) -> psycopg.Connection[Any]:
+def connect(
+    conninfo: str, seconds: float, *, operation: str, role: str, pooled: bool
+) -> psycopg.Connection[Any]:
     """Open an autocommit connection pinned to READ COMMITTED, within about `seconds`."""
-    given = psycopg.conninfo.conninfo_to_dict(conninfo)
-    extra: dict[str, Any] = {name: value for name, value in KEEPALIVE.items() if name not in given}
-    extra.setdefault("application_name", given.get("application_name", "triojobs"))
-    extra["connect_timeout"] = max(CONNECT_TIMEOUT_LEAST, int(seconds))
-    conn = psycopg.connect(
-        conninfo, autocommit=True, prepare_threshold=None if pooled else 2, **extra
+    conn = failures.connect(
+        conninfo,
+        operation=operation,
+        application_name=f"triojobs {role}",
+        prepare_threshold=None if pooled else 2,
+        connect_timeout=max(CONNECT_TIMEOUT_LEAST, int(seconds)),
+        **KEEPALIVE,
     )
     conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     return conn

@@ -15,10 +15,22 @@ from typing import Any, Final
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from .._errors import DatabaseError
+from .._errors import DatabaseError, SchemaError
 
-# Connection, rollback (serialization, deadlock), resources, operator intervention; lock not available.
-TRANSIENT_SQLSTATES: Final = ("08", "40", "53", "57", "55P03")
+# Connection, rollback (serialization, deadlock), resources, operator intervention, input/output; lock not
+# available; read only (the primary became a standby).
+TRANSIENT_SQLSTATES: Final = ("08", "40", "53", "57", "58", "55P03", "25006")
+
+# The call lost a race that the server decided: the same call again may win.
+RETRY: Final = frozenset({"40001", "40P01", "55P03"})
+
+# The session is gone, or its server is going away or became a standby: a new connection may help.
+RECONNECT: Final = frozenset(
+    {"25006", "25P03", "57P01", "57P02", "57P03", "57P05"}
+    | {"08000", "08001", "08003", "08004", "08006", "08007", "08P01"}
+)
+
+NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703", "42883"})
 
 # Words of a failed connect, whether it may heal, and the hint; the first that matches wins.
 CONNECT_HINTS: Final = (
@@ -53,16 +65,31 @@ def translated(operation: str, *, doing: str = "", committed: bool | None = Fals
         ) from exc
 
 
-def connect(conninfo: str, *, operation: str, application_name: str) -> psycopg.Connection[Any]:
-    """Open an autocommit connection, or raise DatabaseError that says what to check in the conninfo."""
-    password = _checked_options(conninfo, operation=operation).get("password")
+def connect(
+    conninfo: str,
+    *,
+    operation: str,
+    application_name: str,
+    prepare_threshold: int | None = None,
+    **defaults: Any,
+) -> psycopg.Connection[Any]:
+    """Open an autocommit connection, or raise DatabaseError that says what to check in the conninfo.
+
+    `defaults` are libpq parameters that a conninfo may override.
+    """
+    given = _checked_options(conninfo, operation=operation)
+    password = given.get("password")
     try:
         return psycopg.connect(
             conninfo,
             autocommit=True,
-            prepare_threshold=None,
-            application_name=application_name,
+            prepare_threshold=prepare_threshold,
             client_encoding="utf8",  # with SQL_ASCII from the environment, text would arrive as bytes
+            **{
+                name: value
+                for name, value in {"application_name": application_name, **defaults}.items()
+                if name not in given
+            },
         )
     except psycopg.Error as exc:
         text = one_line(exc)
@@ -76,6 +103,23 @@ def connect(conninfo: str, *, operation: str, application_name: str) -> psycopg.
         raise DatabaseError(
             text, operation=operation, hint=hint, sqlstate=exc.sqlstate, transient=transient
         ) from exc
+
+
+def translate(exc: psycopg.Error, *, operation: str) -> DatabaseError:
+    """Return our error for the failure of a statement that may have reached the server.
+
+    A reply that names an error says that nothing was committed; a silence, or a farewell, says nothing.
+    """
+    lost = exc.sqlstate is None or (exc.sqlstate in RECONNECT and exc.sqlstate != "25006")
+    error = SchemaError if exc.sqlstate in NO_SCHEMA else DatabaseError
+    return error(
+        one_line(exc),
+        operation=operation,
+        hint="run `triojobs migrate`" if error is SchemaError else _hint(exc),
+        sqlstate=exc.sqlstate,
+        transient=_is_transient(exc),
+        committed=None if lost else False,
+    )
 
 
 def one_line(exc: psycopg.Error) -> str:

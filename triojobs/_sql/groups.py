@@ -18,7 +18,7 @@ import psycopg
 from .._model import CancelRequest, Outcome, Registration, Settled
 from .statements import statement
 
-__all__ = ["Rescue", "beat", "close_group", "register", "rescue", "sweep_strays"]
+__all__ = ["Rescue", "add_partitions", "beat", "close_group", "register", "rescue", "sweep_strays"]
 
 REGISTER: Final = """
 INSERT INTO {schema}.worker_groups (id, name, host, pid, version, lease_duration, lease_until)
@@ -123,6 +123,9 @@ SELECT id, outcome, queue FROM ended
 """
 
 
+ADD_PARTITIONS: Final = "SELECT {schema}.add_partitions()"
+
+
 @dataclass(frozen=True, slots=True)
 class Rescue:
     """What one round found: dead groups, their jobs by outcome, queues with claimable jobs."""
@@ -202,3 +205,13 @@ def rescue(conn: psycopg.Connection[Any], schema: str) -> Rescue:
             conn.execute(statement(FORGET_WAITING, schema), {"ids": lapsed})
         rows = conn.execute(statement(RESCUE, schema)).fetchall()
     return Rescue(tuple(lapsed), len(rows), frozenset(row[2] for row in rows if row[1] == "failed"))
+
+
+def add_partitions(conn: psycopg.Connection[Any], schema: str) -> int:
+    """Create the partitions that the next ids will need; returns how many. Gives way at once to readers."""
+    with conn.transaction():
+        # Creating one takes an exclusive lock on the default partition: rather come again than make
+        # others queue behind us.
+        conn.execute("SET LOCAL lock_timeout = '100ms'")
+        row = conn.execute(statement(ADD_PARTITIONS, schema)).fetchone()
+    return 0 if row is None else int(row[0])

@@ -1,0 +1,59 @@
+"""What a new connection of ours is told once: isolation, planning, limits."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import psycopg
+
+from .._errors import DatabaseError
+
+__all__ = ["prepare_job_session", "prepare_session", "refuse_undeclared_pooler"]
+
+# READ COMMITTED whatever the role's default: close, rescue and retry need a new snapshot for each
+# statement. Generic plans: `LIMIT` with a parameter makes the planner try custom ones for ever (65 µs
+# a claim). No JIT: it would compile statements of microseconds. The server looks for a vanished
+# client each second, so that a claim whose client is gone does not commit late.
+PREPARE: Final = """
+SELECT set_config(s.name, w.value, false)
+FROM (VALUES ('default_transaction_isolation', 'read committed'),
+             ('plan_cache_mode', 'force_generic_plan'),
+             ('jit', 'off'),
+             ('client_connection_check_interval', '1s'),
+             ('statement_timeout', %(statement_timeout)s),
+             ('lock_timeout', '2s'),
+             ('idle_in_transaction_session_timeout', '10s')) AS w(name, value)
+JOIN pg_settings s ON s.name = w.name
+"""
+
+# The user's own statements run here: their plans, their time. The isolation stays pinned.
+PREPARE_JOB: Final = """
+SELECT set_config(s.name, w.value, false)
+FROM (VALUES ('default_transaction_isolation', 'read committed'),
+             ('client_connection_check_interval', '1s')) AS w(name, value)
+JOIN pg_settings s ON s.name = w.name
+"""
+
+
+def prepare_session(conn: psycopg.Connection[Any], *, call_timeout: float) -> None:
+    """Settings for connections that carry our statements only."""
+    # A little later than the breaker: it says better what happened; this one frees the server.
+    conn.execute(PREPARE, {"statement_timeout": f"{int((call_timeout + 1) * 1000)}ms"})
+
+
+def prepare_job_session(conn: psycopg.Connection[Any], *, call_timeout: float) -> None:
+    """Settings for connections that are lent to `Job.commit`."""
+    conn.execute(PREPARE_JOB)
+
+
+def refuse_undeclared_pooler(conn: psycopg.Connection[Any], *, declared: bool) -> None:
+    """Raise DatabaseError when a pooler sits in between that was not declared with `pooled=True`."""
+    if declared:
+        return
+    row = conn.execute("SELECT pg_backend_pid()").fetchone()
+    if row is not None and conn.info.backend_pid != row[0]:
+        raise DatabaseError(
+            "the conninfo leads through a connection pooler",
+            operation="connecting",
+            hint="pass pooled=True (and listen_conninfo=, a direct one), or connect to the server directly",
+        )
