@@ -1,1 +1,44 @@
-"""A durable job queue on PostgreSQL for Trio programs."""
+"""A durable job queue on PostgreSQL for Trio programs. See README.rst."""
+
+from ._backoff import Backoff as Backoff
+from ._client import Client as Client
+from ._codec import CborCodec as CborCodec
+from ._codec import Codec as Codec
+from ._codec import JsonCodec as JsonCodec
+from ._codec import PydanticCodec as PydanticCodec
+from ._errors import CodecError as CodecError
+from ._errors import DatabaseError as DatabaseError
+from ._errors import DuplicateJobError as DuplicateJobError
+from ._errors import JobCancelledError as JobCancelledError
+from ._errors import JobFailedError as JobFailedError
+from ._errors import JobNotFoundError as JobNotFoundError
+from ._errors import Kill as Kill
+from ._errors import LeaseLostError as LeaseLostError
+from ._errors import OptionError as OptionError
+from ._errors import RetryAfter as RetryAfter
+from ._errors import SchemaError as SchemaError
+from ._errors import Snooze as Snooze
+from ._errors import StaleClaimError as StaleClaimError
+from ._errors import TriojobsError as TriojobsError
+from ._group import WorkerGroup as WorkerGroup
+from ._job import Job as Job
+from ._model import Enqueued as Enqueued
+from ._model import GroupStatistics as GroupStatistics
+from ._model import JobInfo as JobInfo
+from ._model import JobStatus as JobStatus
+from ._model import ShutdownReport as ShutdownReport
+from ._open import open_client as open_client
+from ._open import open_worker_group as open_worker_group
+from ._open import serve as serve
+from ._outbox import enqueue_many_on as enqueue_many_on
+from ._outbox import enqueue_on as enqueue_on
+from ._outbox import try_enqueue_many_on as try_enqueue_many_on
+from ._outbox import try_enqueue_on as try_enqueue_on
+from ._queue import NewJob as NewJob
+from ._queue import Queue as Queue
+from ._queue import Worker as Worker
+from ._sql.schema import migrate as migrate
+from ._sql.schema import verify_schema as verify_schema
+from ._sync_client import SyncClient as SyncClient
+from ._version import VERSION as __version__
+from .embedded import open_embedded_postgres as open_embedded_postgres

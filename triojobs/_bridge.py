@@ -143,9 +143,11 @@ class Call:
         with self.lock:
             if self.done:
                 return
-            with contextlib.suppress(OSError, psycopg.Error):
-                with socket.socket(fileno=os.dup(self.conn.fileno())) as twin:
-                    twin.shutdown(socket.SHUT_RDWR)
+            with (
+                contextlib.suppress(OSError, psycopg.Error),
+                socket.socket(fileno=os.dup(self.conn.fileno())) as twin,
+            ):
+                twin.shutdown(socket.SHUT_RDWR)
 
 
 class Breaker:
@@ -184,6 +186,15 @@ class Breaker:
                 call.deadline = clock()
                 self._changed.notify()
 
+    def hurry(self, deadline: float) -> None:
+        """Have calls in flight end by `deadline`."""
+        with self._changed:
+            now = clock()
+            for call in self._calls:
+                if call.guarded and not call.breaking:
+                    call.deadline = min(call.deadline, now + _usable(deadline - now))
+            self._changed.notify()
+
     def close(self) -> None:
         """End the thread. No call may be in flight."""
         with self._changed:
@@ -214,6 +225,11 @@ class Breaker:
         log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
         # Elsewhere, so that one deaf server does not delay the breaking of other calls.
         threading.Thread(target=call.cancel_on_server, name="triojobs-cancel", daemon=True).start()
+
+
+def _usable(seconds: float) -> float:
+    """Return when to start breaking off what must have ended after `seconds`."""
+    return max(seconds - CANCEL_WAIT, seconds / 2, 0.0)
 
 
 class Line:
@@ -321,8 +337,10 @@ class Line:
                 operation=operation,
                 hint="open a client or group of its own after the fork",
             )
-        limit = clock() + self._call_timeout
-        limit = limit if deadline is None else min(limit, deadline)
+        now = clock()
+        limit = now + self._call_timeout
+        if deadline is not None:
+            limit = min(limit, now + _usable(deadline - now))
         conn = self._take(operation, limit)
         try:
             result = self._attempts(operation, fn, conn, limit)

@@ -10,7 +10,6 @@ import dataclasses
 import datetime as dt
 import decimal
 import io
-import json
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final, Protocol, runtime_checkable
@@ -20,7 +19,16 @@ import msgspec
 
 from ._errors import CodecError, OptionError
 
-__all__ = ["CborCodec", "Codec", "EncodeError", "JsonCodec", "PydanticCodec", "decode", "decode_plain", "encode"]
+__all__ = [
+    "CborCodec",
+    "Codec",
+    "EncodeError",
+    "JsonCodec",
+    "PydanticCodec",
+    "decode",
+    "decode_plain",
+    "encode",
+]
 
 CLASS: Final = type  # parameters named `type` hide the builtin
 # What CBOR carries by itself; everything else becomes str, list or dict.
@@ -65,7 +73,8 @@ class CborCodec:
             raise CodecError(f"{len(data)} bytes are no CBOR: {exc}", operation="decoding") from exc
         if stream.tell() != len(data):
             raise CodecError(
-                f"{len(data) - stream.tell()} of {len(data)} bytes follow the CBOR value", operation="decoding"
+                f"{len(data) - stream.tell()} of {len(data)} bytes follow the CBOR value",
+                operation="decoding",
             )
         return value
 
@@ -111,7 +120,7 @@ class PydanticCodec:
     name = "cbor"
 
     def encode(self, value: Any) -> bytes:
-        from pydantic import TypeAdapter  # noqa: PLC0415 - optional
+        from pydantic import TypeAdapter
 
         return CBOR.encode(TypeAdapter(type(value)).dump_python(value, mode="json"))
 
@@ -121,7 +130,7 @@ class PydanticCodec:
     def convert(self, plain: Any, type: Any) -> Any:
         if type is Any:
             return plain
-        from pydantic import TypeAdapter  # noqa: PLC0415 - optional
+        from pydantic import TypeAdapter
 
         return TypeAdapter(type).validate_python(plain)
 
@@ -141,7 +150,9 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
         if type is not Any:
             codec.decode(data, type)
     except Exception as exc:
-        raise EncodeError(field, value, f"a value of {_name(type)} that {codec.name} can encode ({exc})") from exc
+        raise EncodeError(
+            field, value, f"a value of {_name(type)} that {codec.name} can encode ({exc})"
+        ) from exc
     if len(data) > limit:
         raise EncodeError(field, f"{len(data)} bytes", f"at most {limit} bytes when encoded")
     return data
@@ -166,7 +177,7 @@ def decode(data: bytes, type: Any, encoding: str, codec: Codec) -> Any:
 
 def decode_plain(data: bytes | None, encoding: str | None) -> Any:
     """Return plain values, or the bytes themselves when their encoding is not one of ours."""
-    if data is None or encoding not in BY_NAME:
+    if data is None or encoding is None or encoding not in BY_NAME:
         return data
     return BY_NAME[encoding].plain(data)
 
@@ -179,7 +190,6 @@ def _is_record(type: Any) -> bool:
         or hasattr(type, "__attrs_attrs__")
         or (issubclass(type, tuple) and hasattr(type, "_fields"))
     )
-
 
 
 def _name(type: Any) -> str:

@@ -174,7 +174,7 @@ class LeaseLostError(TriojobsError):
     """The group's lease was lost and it cannot register again."""
 
 
-class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
+class RetryAfter(Exception):
     """Raised by a handler: this attempt failed; run the job again after `seconds` (finite, >= 0)."""
 
     def __init__(self, seconds: float, message: str = "") -> None:
@@ -182,7 +182,7 @@ class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
         super().__init__(message or f"retry after {seconds:g} s")
 
 
-class Snooze(Exception):  # noqa: N818 - a signal, not an error
+class Snooze(Exception):
     """Raised by a handler: run the job again after `seconds`; this attempt is not counted."""
 
     def __init__(self, seconds: float) -> None:
@@ -190,7 +190,7 @@ class Snooze(Exception):  # noqa: N818 - a signal, not an error
         super().__init__(f"snoozed for {seconds:g} s")
 
 
-class Kill(Exception):  # noqa: N818 - a signal, not an error
+class Kill(Exception):
     """Raised by a handler: the job ends as killed, whatever attempts are left."""
 
     def __init__(self, reason: str = "killed by its handler") -> None:
@@ -209,3 +209,10 @@ def checked_seconds(field: str, value: float, *, least: float = 0.0, positive: b
         above = "> 0" if positive else f">= {least:g}"
         raise OptionError(field, value, f"finite seconds {above} and <= {MAX_SECONDS:g}")
     return float(value)
+
+
+def sole_error(exc: BaseException | None) -> BaseException | None:
+    """Return `exc`, or the one leaf of an exception group; None when it has several."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0] if len(exc.exceptions) == 1 else None
+    return exc

@@ -45,7 +45,7 @@ class Ledger:
             for claim in claims:
                 # A job can return while an older claim of it waits here for its settlement: that
                 # settlement is stale, the new claim replaces it.
-                if self._claims.get(claim.job_id) is not None and self._ended.pop(claim.job_id, None):
+                if self._ended.pop(claim.job_id, None) is not None:
                     self.stale += 1
                 self._claims[claim.job_id] = claim
             self._booked.extend(claims)

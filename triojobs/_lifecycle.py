@@ -11,7 +11,7 @@ from typing import Final
 
 from ._model import JobStatus, Outcome
 
-__all__ = ["Event", "IllegalTransitionError", "TRANSITIONS", "after", "outcome_of_failure"]
+__all__ = ["TRANSITIONS", "Event", "IllegalTransitionError", "after", "outcome_of_failure"]
 
 
 class Event(StrEnum):

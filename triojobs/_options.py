@@ -9,7 +9,14 @@ from typing import Final, Literal
 
 from ._errors import OptionError, checked_seconds
 
-__all__ = ["DEFAULT_SCHEMA", "GroupOptions", "checked_count", "checked_name", "checked_schema", "checked_text"]
+__all__ = [
+    "DEFAULT_SCHEMA",
+    "GroupOptions",
+    "checked_count",
+    "checked_name",
+    "checked_schema",
+    "checked_text",
+]
 
 DEFAULT_SCHEMA: Final = "triojobs"
 QUEUE_NAME_LIMIT: Final = 255  # bytes; also keeps it inside a notify payload

@@ -7,8 +7,8 @@ import os
 import random
 import threading
 import uuid
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final, TypeVar, cast
 
 import psycopg
 import trio
@@ -21,6 +21,7 @@ from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Sett
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
 from ._sql import groups, inspect, notify, operate, settle
+from ._sql.failures import translate
 from ._sql.schema import check_schema
 from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
 from ._store import BeatEvents, ClaimOrder, ClaimReply, ListenEvents
@@ -31,6 +32,7 @@ T = TypeVar("T")
 log = logging.getLogger("triojobs.postgres")
 
 PARTITION_INTERVAL: Final = 60.0  # seconds between looks whether new id ranges are needed
+LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
 CLIENT_CONNECTIONS: Final = 2  # one for the flusher's shared commits, one for reads and bulk
 
 
@@ -123,6 +125,9 @@ class PostgresStore:
             line.close()
         self._breaker.close()
 
+    def hurry(self, deadline: float) -> None:
+        self._breaker.hurry(deadline)
+
     # The worker group.
 
     async def register(self, registration: Registration, lease: Lease) -> None:
@@ -171,7 +176,8 @@ class PostgresStore:
 
     async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
         def work(call: Call) -> ClaimReply:
-            promoted, due = {}, None
+            promoted: Mapping[str, int] = {}
+            due: float | None = None
             if order.promote:
                 promoted, due = claim_sql.promote(call.conn, self.schema, queues=order.promote)
             claims = claim_sql.claim(
@@ -244,19 +250,23 @@ class PostgresStore:
     ) -> T:
         attempt = CommitAttempt(self.schema, claim, work, encode, committed)
         try:
-            return await self._job_line.run_breakable(f"committing job {claim.job_id}", attempt.run)
+            return cast(T, await self._job_line.run_breakable(f"committing job {claim.job_id}", attempt.run))
         except DatabaseError as exc:
             if exc.committed is not None or encode is None:
                 raise
             # The reply to COMMIT is lost: look for this claim's outcome before anybody is told.
             with trio.CancelScope(shield=True):
-                status = await self._job_line.run(f"looking for the outcome of job {claim.job_id}", attempt.look)
+                status = await self._job_line.run(
+                    f"looking for the outcome of job {claim.job_id}",
+                    attempt.look,
+                    deadline=clock() + LOOK_TIME,
+                )
             if status is None:
                 exc.committed = False
                 raise
             if status != "done":
                 raise StaleClaimError(claim.job_id, operation="committing") from exc
-            return attempt.value()
+            return cast(T, attempt.value())
 
     async def idle(self, queues: Collection[str]) -> bool:
         return await self._client_line.run(
@@ -322,14 +332,9 @@ class PostgresStore:
         )
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
-        def work(call: Call) -> bool:
-            answer = operate.cancel(call.conn, self.schema, job_id, reason)
-            if isinstance(answer, uuid.UUID):
-                group_id = answer
-                call.afterwards(lambda conn: notify.notify_group(conn, group_id))
-            return answer is not operate.ENDED_BEFORE
-
-        return await self._client_line.run(f"cancelling job {job_id}", work)
+        return await self._client_line.run(
+            f"cancelling job {job_id}", lambda call: _cancel(call, self.schema, job_id, reason)
+        )
 
     def notify_later(self, call: Call, queues: Collection[str]) -> None:
         """Wake who waits for these queues, after the commit of this call."""
@@ -357,16 +362,24 @@ class CommitAttempt:
 
     def run(self, call: Call) -> Any:
         claim = self._claim
-        fence = {"job_id": claim.job_id, "group_id": claim.group_id, "claim_no": claim.claim_no}
+        job_id, group_id, claim_no = claim.job_id, claim.group_id, claim.claim_no
         with call.conn.transaction():
             with call.unguarded():
                 self._value = self._work(call.conn)
                 data = None if self._encode is None else self._encode(self._value)
             if data is None:
-                held = settle.hold_lease(call.conn, self._schema, **fence)
+                held = settle.hold_lease(
+                    call.conn, self._schema, job_id=job_id, group_id=group_id, claim_no=claim_no
+                )
             else:
                 held = settle.settle_one_done(
-                    call.conn, self._schema, **fence, result=data[0], encoding=data[1]
+                    call.conn,
+                    self._schema,
+                    job_id=job_id,
+                    group_id=group_id,
+                    claim_no=claim_no,
+                    result=data[0],
+                    encoding=data[1],
                 )
             if not held:
                 raise StaleClaimError(claim.job_id, operation="committing")
@@ -497,3 +510,99 @@ class BeatLoop:
             self._line.call(operation, fn)
         except DatabaseError as exc:
             log.warning("%s", exc, extra={"event": "service_failed"})
+
+
+def enqueue_on_connection(
+    conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow]
+) -> list[Enqueued]:
+    """Enqueue in the caller's transaction. What fails undoes this call alone.
+
+    A connection without autocommit that is idle begins its transaction here, as its first statement
+    would; with autocommit the call is a transaction of its own.
+    """
+    if not conn.autocommit and conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+        conn.execute("SELECT")
+    try:
+        with conn.transaction():  # a savepoint inside the caller's transaction
+            answers = enqueue_sql.enqueue(conn, schema, rows, notify_inside=True)
+    except psycopg.Error as exc:
+        raise translate(exc, operation=f"enqueueing {len(rows)} job(s)") from exc
+    return [a for a in answers if isinstance(a, Enqueued)]
+
+
+def is_connection(value: object) -> bool:
+    """Return whether `value` is a synchronous psycopg connection."""
+    return isinstance(value, psycopg.Connection)
+
+
+class SyncStore:
+    """What a program without Trio needs: one connection, opened on demand, used by one thread at a time."""
+
+    def __init__(self, conninfo: str, *, schema: str, call_timeout: float, pooled: bool) -> None:
+        self._schema = schema
+        self._breaker = Breaker()
+        self._lock = threading.Lock()
+
+        def prepare(conn: psycopg.Connection[Any]) -> None:
+            refuse_undeclared_pooler(conn, declared=pooled)
+            if not pooled:
+                prepare_session(conn, call_timeout=call_timeout)
+
+        self._line = Line(
+            "sync client", conninfo, self._breaker, call_timeout=call_timeout, prepare=prepare, pooled=pooled
+        )
+
+    def run(self, operation: str, fn: Callable[[Call], T]) -> T:
+        """Run `fn` on the connection, bounded like every call."""
+        with self._lock:
+            return self._line.call(operation, fn)
+
+    def check(self) -> None:
+        """Connect and verify the schema."""
+        self.run("connecting", lambda call: check_schema(call.conn, self._schema))
+
+    def enqueue(self, rows: Sequence[NewRow]) -> list[Enqueued]:
+        """Insert jobs in one transaction, then notify who waits."""
+
+        def work(call: Call) -> list[Enqueued]:
+            with call.conn.transaction():
+                answers = enqueue_sql.enqueue(
+                    call.conn, self._schema, rows, notify_inside=False, between_chunks=call.extend
+                )
+            queues = {row.queue for row in rows}
+            call.afterwards(lambda conn: notify.notify_waiting(conn, self._schema, queues))
+            return [a for a in answers if isinstance(a, Enqueued)]
+
+        return self.run(f"enqueueing {len(rows)} job(s)", work)
+
+    def new_job_ids(self, count: int) -> list[int]:
+        """Reserve ids."""
+        return self.run(
+            "reserving job ids", lambda call: enqueue_sql.new_job_ids(call.conn, self._schema, count)
+        )
+
+    def read_jobs(self, ids: Sequence[int]) -> list[RawJob]:
+        """Return the jobs that exist."""
+        return self.run("reading jobs", lambda call: inspect.read_jobs(call.conn, self._schema, ids))
+
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """Return those ids whose job has ended or does not exist."""
+        return self.run("waiting for jobs", lambda call: inspect.ended(call.conn, self._schema, ids))
+
+    def cancel_job(self, job_id: int, reason: str) -> bool:
+        """Cancel a waiting job, or ask for the cancellation of a running one."""
+        return self.run(f"cancelling job {job_id}", lambda call: _cancel(call, self._schema, job_id, reason))
+
+    def close(self) -> None:
+        """Close the connection and end the breaker's thread."""
+        with self._lock:
+            self._line.close()
+            self._breaker.close()
+
+
+def _cancel(call: Call, schema: str, job_id: int, reason: str) -> bool:
+    answer = operate.cancel(call.conn, schema, job_id, reason)
+    if isinstance(answer, uuid.UUID):
+        group_id = answer
+        call.afterwards(lambda conn: notify.notify_group(conn, group_id))
+    return answer is not operate.ENDED_BEFORE

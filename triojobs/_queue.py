@@ -139,7 +139,11 @@ class Worker(Generic[PayloadT, ResultT]):
     ) -> None:
         if not isinstance(queue, Queue):
             raise OptionError("queue", queue, "a triojobs.Queue")
-        if not callable(handler) or inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
+        if (
+            not callable(handler)
+            or inspect.isasyncgenfunction(handler)
+            or inspect.isgeneratorfunction(handler)
+        ):
             raise OptionError("handler", handler, "an async function that takes a job")
         if not isinstance(retry, Backoff):
             raise OptionError("retry", retry, "a triojobs.Backoff")
@@ -216,5 +220,3 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
     if size > METADATA_LIMIT or "\\u0000" in text:
         raise OptionError("metadata", value, f"{limit} (it has {size} bytes)")
     return text
-
-

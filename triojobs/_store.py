@@ -101,6 +101,9 @@ class Store(Protocol):
     async def aclose(self) -> None:
         """Close every connection and thread. Bounded; never raises for a broken connection."""
 
+    def hurry(self, deadline: float) -> None:
+        """Break off calls in flight that do not end by `deadline` (clock reading)."""
+
     # The worker group.
 
     async def register(self, registration: Registration, lease: Lease) -> None:

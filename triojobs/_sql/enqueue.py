@@ -188,4 +188,6 @@ def _check_job_ids(cursor: psycopg.Cursor[tuple[Any, ...]], schema: str, rows: S
         found = cursor.execute(statement(HANDED_OUT, schema)).fetchone()
         assert found is not None
         if max(given) > found[0]:
-            raise OptionError("job_id", max(given), "an id that new_job_id() handed out", operation="enqueueing")
+            raise OptionError(
+                "job_id", max(given), "an id that new_job_id() handed out", operation="enqueueing"
+            )

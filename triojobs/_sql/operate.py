@@ -71,9 +71,7 @@ class Ended:
 ENDED_BEFORE: Final = Ended()
 
 
-def cancel(
-    conn: psycopg.Connection[Any], schema: str, job_id: int, reason: str
-) -> uuid.UUID | Ended | None:
+def cancel(conn: psycopg.Connection[Any], schema: str, job_id: int, reason: str) -> uuid.UUID | Ended | None:
     """Cancel a waiting job, or ask for the cancellation of a running one.
 
     Returns the group that runs it (to be notified), CANCELLED_WAITING, or ENDED_BEFORE.

@@ -1,0 +1,463 @@
+"""The client: enqueue from Trio and from threads, read, wait, cancel."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import inspect
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final, ParamSpec, TypeVar, overload
+
+import trio
+
+from ._bridge import check_cancelled, on_loop
+from ._codec import decode_plain
+from ._errors import (
+    CodecError,
+    JobCancelledError,
+    JobFailedError,
+    JobNotFoundError,
+    OptionError,
+    TriojobsError,
+    checked_seconds,
+)
+from ._flusher import Flusher
+from ._model import Enqueued, JobInfo, JobStatus, KeyUntil, NewRow, OnConflict, RawJob
+from ._options import checked_count, checked_text
+from ._queue import NewJob, Queue, new_row
+from ._store import Store
+
+__all__ = ["Client", "info_of", "wrong_side"]
+
+PayloadT = TypeVar("PayloadT")
+ResultT = TypeVar("ResultT")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+FIRST_LOOK: Final = 0.02  # seconds before a waiter looks again; grows while nothing ends
+LAST_LOOK: Final = 1.0  # seconds; the price of not being told: at most this much later
+REASON_LIMIT: Final = 8 * 1024
+
+
+def wrong_side(method: str, instead: str) -> TriojobsError:
+    """Return the error for a method that was called from the wrong place."""
+    return TriojobsError(
+        f"{method} was called from the wrong place", operation="calling triojobs", hint=instead
+    )
+
+
+def async_side(
+    instead: str,
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """Mark a method for Trio tasks: called elsewhere it raises at once, not when awaited."""
+
+    def decorate(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        @functools.wraps(method)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+            if not on_loop():
+                raise wrong_side(method.__name__, instead)
+            return method(*args, **kwargs)
+
+        if hasattr(inspect, "markcoroutinefunction"):  # Python 3.12
+            inspect.markcoroutinefunction(checked)
+        return checked
+
+    return decorate
+
+
+FROM_THREAD: Final = (
+    "outside a Trio task use enqueue_from_thread, SyncClient, or enqueue_on with your connection"
+)
+IN_TRIO: Final = "call it from a Trio task; outside Trio use SyncClient"
+
+
+class Client:
+    """Enqueue jobs and look after them. Made by `open_client`, or `group.client`.
+
+    All methods but `*_from_thread` are for Trio tasks; any number of tasks may call them at once.
+    """
+
+    def __init__(self, store: Store, flusher: Flusher) -> None:
+        self._store = store
+        self._flusher = flusher
+        self._closed = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this triojobs client is closed")
+        self._store.check_owner()
+
+    # Enqueue.
+
+    @async_side(FROM_THREAD)
+    async def enqueue(
+        self,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        *,
+        delay: float | None = None,
+        run_at: dt.datetime | None = None,
+        priority: int = 0,
+        max_attempts: int = 5,
+        timeout: float | None = None,
+        deadline: dt.datetime | None = None,
+        key: str | None = None,
+        key_until: KeyUntil = "kept",
+        metadata: Mapping[str, Any] | None = None,
+        job_id: int | None = None,
+        on_conflict: OnConflict = "raise",
+    ) -> int:
+        """Enqueue one job and return its id, once it is committed.
+
+        Args:
+            delay: seconds from now (server clock) until it is due. run_at: the same as an aware time.
+            priority: 0 to 2**31-1, higher runs first. max_attempts: how often it may be tried.
+            timeout: seconds for one attempt. deadline: aware time after which it is not started.
+            key: at most one job per queue and key (up to 1024 bytes, case-sensitive, "" is a key).
+            key_until: how long the key is taken: "kept" (as long as the job is kept), "ended" (until
+                it is done, killed or cancelled), or seconds from now.
+            metadata: JSON object, up to 8 KiB, handed to the handler and shown to operators.
+            job_id: from `new_job_id`; enqueueing the same id again is a no-op.
+            on_conflict: when the key is taken: "raise", "return" the other job's id, or "replace"
+                the other job's body if it has not started.
+
+        Raises:
+            OptionError: an argument is out of its range; nothing was written.
+            DuplicateJobError: the key is taken.
+            DatabaseError: `committed` is None when the reply was lost: the job may exist.
+
+        Cancellation: all or nothing.
+        """
+        new = NewJob(
+            payload,
+            delay=delay,
+            run_at=run_at,
+            priority=priority,
+            max_attempts=max_attempts,
+            timeout=timeout,
+            deadline=deadline,
+            key=key,
+            key_until=key_until,
+            metadata=metadata,
+            job_id=job_id,
+            on_conflict=on_conflict,
+        )
+        return (await self._enqueue_one(queue, new)).id
+
+    @async_side(FROM_THREAD)
+    async def try_enqueue(
+        self,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        *,
+        delay: float | None = None,
+        run_at: dt.datetime | None = None,
+        priority: int = 0,
+        max_attempts: int = 5,
+        timeout: float | None = None,
+        deadline: dt.datetime | None = None,
+        key: str | None = None,
+        key_until: KeyUntil = "kept",
+        metadata: Mapping[str, Any] | None = None,
+        job_id: int | None = None,
+        on_conflict: OnConflict = "return",
+    ) -> Enqueued:
+        """Like `enqueue`, but tell whether this call created the job or replaced another's body."""
+        new = NewJob(
+            payload,
+            delay=delay,
+            run_at=run_at,
+            priority=priority,
+            max_attempts=max_attempts,
+            timeout=timeout,
+            deadline=deadline,
+            key=key,
+            key_until=key_until,
+            metadata=metadata,
+            job_id=job_id,
+            on_conflict=on_conflict,
+        )
+        return await self._enqueue_one(queue, new)
+
+    async def _enqueue_one(self, queue: Queue[Any, Any], new: NewJob[Any]) -> Enqueued:
+        self._check_open()
+        return await self._flusher.enqueue(new_row(queue, new))
+
+    @async_side(FROM_THREAD)
+    async def enqueue_many(
+        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
+    ) -> list[int]:
+        """Enqueue jobs in one transaction, whatever their number; ids in the order given.
+
+        Items are payloads, or `NewJob`s with options of their own. An empty list returns [].
+
+        Raises: as `enqueue`; a taken key undoes the whole call and `index` names the item.
+
+        Cancellation: between chunks of 10,000; everything is rolled back.
+        """
+        return [entry.id for entry in await self._enqueue_rows(queue, payloads)]
+
+    @async_side(FROM_THREAD)
+    async def try_enqueue_many(
+        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
+    ) -> list[Enqueued]:
+        """Like `enqueue_many`, but tell for each item whether it was created or replaced."""
+        return await self._enqueue_rows(queue, payloads)
+
+    async def _enqueue_rows(self, queue: Queue[Any, Any], items: Iterable[Any]) -> list[Enqueued]:
+        self._check_open()
+        rows = rows_of(queue, items)
+        if not rows:
+            await trio.lowlevel.checkpoint()
+            return []
+        return await self._store.enqueue(rows)
+
+    @async_side(FROM_THREAD)
+    async def enqueue_stream(
+        self,
+        queue: Queue[PayloadT, Any],
+        payloads: AsyncIterable[PayloadT | NewJob[PayloadT]],
+        *,
+        chunk: int = 1000,
+    ) -> int:
+        """Enqueue what an async iterable yields, a commit per `chunk` (1 to 10,000) items; return how many.
+
+        The iterable is asked for more only after the last chunk is committed. An error carries a note
+        that says how many items were committed before, also as its attribute `enqueued`.
+
+        Cancellation: between chunks; chunks that were committed stay.
+        """
+        self._check_open()
+        checked_count("chunk", chunk, most=10_000)
+        done = 0
+        gathered: list[Any] = []
+        try:
+            async for item in payloads:
+                gathered.append(item)
+                if len(gathered) == chunk:
+                    done += len(await self._enqueue_rows(queue, gathered))
+                    gathered.clear()
+            done += len(await self._enqueue_rows(queue, gathered))
+        except Exception as exc:
+            exc.add_note(f"{done} item(s) of the stream were committed before")
+            exc.enqueued = done  # type: ignore[attr-defined]  # for programs; the note is for people
+            raise
+        return done
+
+    def enqueue_from_thread(
+        self,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        *,
+        timeout: float | None = None,
+        job_timeout: float | None = None,
+        delay: float | None = None,
+        run_at: dt.datetime | None = None,
+        priority: int = 0,
+        max_attempts: int = 5,
+        deadline: dt.datetime | None = None,
+        key: str | None = None,
+        key_until: KeyUntil = "kept",
+        metadata: Mapping[str, Any] | None = None,
+        job_id: int | None = None,
+        on_conflict: OnConflict = "raise",
+    ) -> int:
+        """Enqueue one job from any thread; block until it is committed; return its id.
+
+        Calls of many threads and tasks share commits; each gets its own answer.
+
+        Args:
+            timeout: seconds to wait until the enqueue is begun (None: no limit); once begun, its
+                answer is awaited. job_timeout: what `enqueue` calls timeout. Others: as `enqueue`.
+
+        Raises: as `enqueue`; DatabaseError with `committed` False after `timeout`;
+            `trio.ClosedResourceError` when the client or group has closed;
+            `trio.Cancelled` in a Trio worker thread whose task was cancelled before it was begun.
+        """
+        if on_loop():
+            raise wrong_side("enqueue_from_thread", "in a Trio task use `await client.enqueue(…)`")
+        self._check_open()
+        if timeout is not None:
+            checked_seconds("timeout", timeout)
+        new = NewJob(
+            payload,
+            delay=delay,
+            run_at=run_at,
+            priority=priority,
+            max_attempts=max_attempts,
+            timeout=job_timeout,
+            deadline=deadline,
+            key=key,
+            key_until=key_until,
+            metadata=metadata,
+            job_id=job_id,
+            on_conflict=on_conflict,
+        )
+        return self._flusher.enqueue_from_thread(new_row(queue, new), timeout, check_cancelled).id
+
+    @async_side(IN_TRIO)
+    async def new_job_id(self) -> int:
+        """Reserve an id for `enqueue(…, job_id=…)`: an enqueue that can be repeated safely."""
+        self._check_open()
+        return (await self._store.new_job_ids(1))[0]
+
+    # Look and wait.
+
+    @overload
+    async def get(self, job_id: int) -> JobInfo[Any] | None: ...
+    @overload
+    async def get(self, job_id: int, queue: Queue[PayloadT, Any]) -> JobInfo[PayloadT] | None: ...
+    @async_side(IN_TRIO)
+    async def get(self, job_id: int, queue: Queue[Any, Any] | None = None) -> JobInfo[Any] | None:
+        """Return the job as it stands, or None. With `queue` payload and result are typed by it."""
+        self._check_open()
+        checked_job_id(job_id)
+        found = await self._store.read_jobs([job_id])
+        return info_of(found[0], queue) if found else None
+
+    @overload
+    async def result(self, job_id: int) -> Any: ...
+    @overload
+    async def result(self, job_id: int, queue: Queue[Any, ResultT]) -> ResultT: ...
+    @async_side(IN_TRIO)
+    async def result(self, job_id: int, queue: Queue[Any, Any] | None = None) -> Any:
+        """Wait until the job has ended and return what its handler returned.
+
+        Raises:
+            JobFailedError: it was killed. JobCancelledError: it was cancelled.
+            JobNotFoundError: there is no such job.
+
+        Cancellation: at any time, the job is not touched; set a limit with `trio.fail_after`.
+        """
+        async with self.as_completed([job_id], queue) as completions:
+            async for info in completions:
+                return result_of(info)
+        raise AssertionError  # one id gives one completion, or JobNotFoundError
+
+    @asynccontextmanager
+    async def as_completed(
+        self, job_ids: Iterable[int], queue: Queue[Any, Any] | None = None
+    ) -> AsyncIterator[AsyncIterator[JobInfo[Any]]]:
+        """Iterate over jobs as they end: `async with client.as_completed(ids) as done: async for info in done`.
+
+        An id given twice comes once. Database errors that may heal are waited out.
+
+        Raises:
+            JobNotFoundError: an id is unknown.
+        """
+        if not on_loop():
+            raise wrong_side("as_completed", IN_TRIO)
+        self._check_open()
+        wanted = dict.fromkeys(checked_job_id(job_id) for job_id in job_ids)
+        completions = self._completions(list(wanted), queue)
+        try:
+            yield completions
+        finally:
+            await completions.aclose()  # type: ignore[attr-defined]  # it is a generator
+
+    async def _completions(
+        self, waiting: list[int], queue: Queue[Any, Any] | None
+    ) -> AsyncIterator[JobInfo[Any]]:
+        look = FIRST_LOOK
+        while waiting:
+            self._check_open()
+            ended = set(await self._store.ended(waiting))
+            if ended:
+                found = {raw.id: raw for raw in await self._store.read_jobs(sorted(ended))}
+                look = FIRST_LOOK
+                for job_id in [i for i in waiting if i in ended]:
+                    if job_id not in found:
+                        raise JobNotFoundError(job_id, operation="waiting for jobs")
+                    info = info_of(found[job_id], queue)
+                    if info.status.ended:  # else it was retried in between
+                        waiting.remove(job_id)
+                        yield info
+                continue
+            await trio.sleep(look)
+            look = min(LAST_LOOK, look * 1.5)
+
+    @async_side(IN_TRIO)
+    async def cancel(self, job_id: int, *, reason: str = "cancelled") -> bool:
+        """Cancel a job. True: it will not run (again); False: it had ended before.
+
+        A waiting job is cancelled at once. The handler of a running one is cancelled with the reason;
+        if it returns all the same, the job is done.
+
+        Raises:
+            JobNotFoundError: there is no such job. OptionError: reason over 8 KiB.
+        """
+        self._check_open()
+        checked_text("reason", reason, least=0, most=REASON_LIMIT)
+        return await self._store.cancel_job(checked_job_id(job_id), reason)
+
+
+def checked_job_id(value: object) -> int:
+    """Return an id that fits a bigint, or raise OptionError."""
+    return checked_count("job_id", value, most=2**63 - 1)
+
+
+def rows_of(queue: Queue[Any, Any], items: Iterable[Any]) -> list[NewRow]:
+    """Validate and encode all items before anything is sent; errors name the item."""
+    rows = []
+    for index, item in enumerate(items):
+        try:
+            rows.append(new_row(queue, item if isinstance(item, NewJob) else NewJob(item)))
+        except OptionError as exc:
+            exc.add_note(f"item {index} of the call")
+            raise
+    return rows
+
+
+def info_of(raw: RawJob, queue: Queue[Any, Any] | None) -> JobInfo[Any]:
+    """Decode a row. Bytes that do not decode are given as they are when no queue is named."""
+    status = JobStatus(raw.status)
+    if queue is not None:
+        if queue.name != raw.queue:
+            raise OptionError("queue", queue.name, f"the queue of job {raw.id}: {raw.queue!r}")
+        payload = queue.decode_payload(raw.payload, raw.encoding)
+        result = (
+            None if raw.result is None else queue.decode_result(raw.result, raw.result_encoding or "cbor")
+        )
+    else:
+        payload = _plain(raw.payload, raw.encoding)
+        result = _plain(raw.result, raw.result_encoding)
+    return JobInfo(
+        id=raw.id,
+        queue=raw.queue,
+        status=status,
+        payload=payload,
+        attempts=raw.attempts,
+        max_attempts=raw.max_attempts,
+        priority=raw.priority,
+        metadata=raw.metadata,
+        key=raw.key,
+        enqueued_at=raw.enqueued_at.astimezone(dt.UTC),
+        run_at=raw.run_at.astimezone(dt.UTC),
+        deadline=_utc(raw.deadline),
+        claimed_at=_utc(raw.claimed_at),
+        finished_at=_utc(raw.finished_at),
+        result=result,
+        error=raw.last_error,
+        group=raw.group_id,
+    )
+
+
+def result_of(info: JobInfo[Any]) -> Any:
+    """Return a finished job's result, or raise what became of it."""
+    if info.status is JobStatus.KILLED:
+        raise JobFailedError(info.id, attempts=info.attempts, error=info.error)
+    if info.status is JobStatus.CANCELLED:
+        raise JobCancelledError(info.id, attempts=info.attempts, reason=info.error)
+    return info.result
+
+
+def _plain(data: bytes | None, encoding: str | None) -> Any:
+    try:
+        return decode_plain(data, encoding)
+    except CodecError:
+        return data
+
+
+def _utc(at: dt.datetime | None) -> dt.datetime | None:
+    return None if at is None else at.astimezone(dt.UTC)

@@ -1,0 +1,181 @@
+"""The fetcher: the one task of a registration that claims.
+
+It waits for a free slot and for a reason to look (a wake-up, a full last claim, the timer of
+`scheduled`, the poll), claims at most the free slots, and hands the rows to the slots. Before it
+sleeps on a queue it commits a mark and claims once more: whoever adds work after that sees the mark
+and notifies.
+
+If a claim ends with anything but rows or a clean error, its commit may still come. Nothing is
+claimed until the epoch was raised and the strays were released.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping
+
+import trio
+
+from ._backoff import reconnect_delay
+from ._demand import Demand
+from ._errors import DatabaseError, SchemaError
+from ._handling import Slots
+from ._options import GroupOptions
+from ._registration import LiveRegistration
+from ._store import ClaimOrder, ClaimReply, Store
+from ._wake import Wake
+
+__all__ = ["Fetcher"]
+
+log = logging.getLogger("triojobs.fetcher")
+
+
+class Fetcher:
+    """Claims for one registration. Implements ListenEvents for its wake-ups."""
+
+    def __init__(
+        self, live: LiveRegistration, store: Store, slots: Mapping[str, Slots], options: GroupOptions
+    ) -> None:
+        self.wake = Wake()
+        self._live = live
+        self._store = store
+        self._slots = slots
+        self._options = options
+        self._demand = Demand({}, linger=options.claim_linger, cap=options.concurrency)
+        self._marked: set[str] = set()
+        self._listening = False
+        self._poll_at = -math.inf
+        self._promote_at = -math.inf
+        self._due_at = math.inf
+        self._failures = 0
+
+    def slots_ready(self) -> None:
+        """Take the slots' sizes, once they stand (they need our wake-up, we need them)."""
+        sizes = {queue: slots.worker.concurrency for queue, slots in self._slots.items()}
+        self._demand = Demand(sizes, linger=self._options.claim_linger, cap=self._options.concurrency)
+
+    # ListenEvents.
+
+    def listening(self, healthy: bool) -> None:
+        """LISTEN was (re-)established or lost: what was notified in between is lost, so look again."""
+        self._listening = healthy
+        self._marked.clear()
+        self._look_everywhere()
+
+    def queue_woken(self, queue: str) -> None:
+        """Work was added to this queue, or its earliest due time moved forward."""
+        self._demand.woken([queue])
+        self._promote_at = -math.inf
+        self.wake.set()
+
+    def group_woken(self) -> None:
+        """One of our jobs shall be cancelled: a beat brings the requests."""
+        self._store.beat_now(self._live.group_id)
+
+    # The task.
+
+    @trio.lowlevel.enable_ki_protection
+    async def run(self) -> None:
+        """Claim until cancelled."""
+        try:
+            with self._live.fetch_scope:
+                while True:
+                    try:
+                        await self._round()
+                        self._failures = 0
+                    except SchemaError:
+                        raise  # does not heal by waiting
+                    except DatabaseError as exc:
+                        self._failures += 1
+                        log.warning("%s", exc, extra={"event": "claim_failed", "sqlstate": exc.sqlstate})
+                        await trio.sleep(reconnect_delay(self._failures, random.random))
+                        self._marked.clear()
+                        self._look_everywhere()
+        finally:
+            self._live.fetching.value = False
+
+    async def _round(self) -> None:
+        if self._live.unknown_claim:
+            await self._sweep()
+        wants = await self._wait_for_demand()
+        sent = trio.current_time()
+        reply = await self._claim(wants, sent)
+        # No await from here to the hand-over, and none needed: the ledger has owned the rows since
+        # their commit.
+        if not self._live.fetch_scope.cancel_called:
+            for claim in self._live.ledger.take_booked():
+                self._slots[claim.queue].hand_in([claim], sent)
+        await self._draw_conclusions(wants, reply)
+
+    async def _wait_for_demand(self) -> dict[str, int]:
+        while True:
+            now = trio.current_time()
+            if now >= min(self._poll_at, self._due_at):
+                self._look_everywhere()
+            free = {queue: slots.free for queue, slots in self._slots.items()}
+            wants, again_at = self._demand.next_claim(free, now)
+            if wants:
+                return wants
+            if any(free.values()):
+                again_at = min(again_at, self._poll_at, self._due_at)
+            # Without a free slot nothing can be claimed: a slot's end wakes us.
+            await self.wake.wait_until(again_at)
+
+    def _look_everywhere(self) -> None:
+        now = trio.current_time()
+        interval = self._options.listening_poll_interval if self._listening else self._options.poll_interval
+        self._poll_at = now + interval
+        self._promote_at = -math.inf
+        self._due_at = math.inf  # the promotion tells it anew
+        self._demand.woken_everywhere()
+        self.wake.set()
+
+    async def _claim(self, wants: Mapping[str, int], now: float) -> ClaimReply:
+        promote = now >= min(self._promote_at, self._due_at)
+        order = ClaimOrder(
+            group_id=self._live.group_id,
+            epoch=self._live.epoch,
+            claim_no=self._live.next_claim_no(),
+            wants=wants,
+            promote=self._demand.queues if promote else (),
+        )
+        try:
+            reply = await self._store.claim(order, self._live.ledger.book)
+        except trio.Cancelled:
+            raise  # it was never sent
+        except BaseException as exc:
+            # Anything but a clean refusal may still commit.
+            self._live.unknown_claim = not (isinstance(exc, DatabaseError) and exc.committed is False)
+            raise
+        self._demand.claimed(now)
+        if promote:
+            more = sum(reply.promoted.values()) >= 1000
+            # While we are busy nobody notifies us, so look at the timer of new rows now and then.
+            self._promote_at = -math.inf if more else now + self._options.rescan_interval
+            self._due_at = math.inf if reply.next_due_in is None else now + max(0.0, reply.next_due_in)
+        return reply
+
+    async def _draw_conclusions(self, wants: Mapping[str, int], reply: ClaimReply) -> None:
+        short = {queue for queue, n in wants.items() if reply.got.get(queue, 0) < n}
+        if self._listening:
+            unmarked = short - self._marked
+            if unmarked:
+                # The mark is committed, then the next round claims once more from the head.
+                await self._store.mark_waiting(self._live.group_id, sorted(unmarked), True)
+                self._marked |= unmarked
+                short -= unmarked
+            full = (set(wants) - short - unmarked) & self._marked
+            if full:
+                await self._store.mark_waiting(self._live.group_id, sorted(full), False)
+                self._marked -= full
+        for queue in short:
+            self._demand.satisfied(queue)
+
+    async def _sweep(self) -> None:
+        self._live.epoch = await self._store.sweep_strays(self._live.group_id, self._live.ledger.known)
+        self._live.unknown_claim = False
+        log.warning(
+            "swept the strays of a claim of unknown fate", extra={"event": "swept", "epoch": self._live.epoch}
+        )

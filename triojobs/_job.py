@@ -1,0 +1,149 @@
+"""What a handler receives: one claimed job, decoded as far as the handler looks at it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from ._model import Claim, Fence
+
+if TYPE_CHECKING:
+    import psycopg
+
+__all__ = ["Job", "JobPort"]
+
+PayloadT = TypeVar("PayloadT")
+T = TypeVar("T")
+
+
+class JobPort(Protocol):
+    """What a job asks of the worker that runs it."""
+
+    def commit_work(self, claim: Claim, work: Callable[[Any], T], *, completing: bool) -> Awaitable[T]: ...
+
+    def cancel_reason(self, claim: Claim) -> str | None: ...
+
+
+class Job(Generic[PayloadT]):
+    """One attempt at one job. Made by the worker; handlers only read it.
+
+    Attributes:
+        id: the job's id. queue: its queue's name. payload: typed by the queue.
+        attempt: number of this attempt, from 1. max_attempts: how many there may be.
+        fence: `(group_id, claim_no)`; together with the id it names this claim for ever, for use
+            in tables of your own. Compare it for equality only.
+    """
+
+    __slots__ = ("_claim", "_port", "payload")
+
+    def __init__(self, claim: Claim, payload: PayloadT, port: JobPort) -> None:
+        self._claim = claim
+        self._port = port
+        self.payload = payload
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} of {self.queue!r}, attempt {self.attempt} of {self.max_attempts}>"
+
+    @property
+    def id(self) -> int:
+        """The job's id."""
+        return self._claim.job_id
+
+    @property
+    def queue(self) -> str:
+        """The queue's name."""
+        return self._claim.queue
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, from 1."""
+        return self._claim.attempt
+
+    @property
+    def max_attempts(self) -> int:
+        """How many attempts there may be."""
+        return self._claim.max_attempts
+
+    @property
+    def priority(self) -> int:
+        """Higher runs first."""
+        return self._claim.priority
+
+    @property
+    def fence(self) -> Fence:
+        """`(group_id, claim_no)` of this claim."""
+        return self._claim.fence
+
+    @property
+    def key(self) -> str | None:
+        """The key it was enqueued with."""
+        return None if self._claim.key is None else self._claim.key.decode()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the enqueue attached."""
+        found: dict[str, Any] = {} if self._claim.metadata is None else json.loads(self._claim.metadata)
+        return found
+
+    @property
+    def enqueued_at(self) -> dt.datetime:
+        """When it was enqueued (server clock, UTC)."""
+        return _utc(self._claim.enqueued_at or 0.0)
+
+    @property
+    def run_at(self) -> dt.datetime:
+        """When it became due (server clock, UTC)."""
+        return _utc(self._claim.run_at)
+
+    @property
+    def deadline(self) -> dt.datetime | None:
+        """When it must have ended (UTC), or None."""
+        return None if self._claim.deadline is None else _utc(self._claim.deadline)
+
+    @property
+    def last_error(self) -> str | None:
+        """Text of the last failed attempt, or None."""
+        error = self._claim.last_error
+        return None if error is None else error.decode(errors="replace")
+
+    @property
+    def cancel_reason(self) -> str | None:
+        """Why somebody asked to cancel this job while it runs, or None."""
+        return self._port.cancel_reason(self._claim)
+
+    async def commit(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
+        """Run `work(conn)` in a thread and commit its writes together with this job's completion.
+
+        One transaction, fenced by this claim: if the job has moved on, nothing is written. What
+        `work` returns is the job's result; what the handler does afterwards changes nothing.
+        `work` must not commit or roll back; it may enqueue with `enqueue_on(conn, …)`.
+
+        Returns:
+            What `work` returned.
+
+        Raises:
+            StaleClaimError: the job moved on; everything was rolled back.
+            DatabaseError: see its `committed`. EncodeError: the value is no result of this queue.
+            Anything that `work` raises; everything was rolled back.
+
+        Cancellation: while it waits for a connection, nothing has happened; while `work` runs, its
+        statement is cancelled and everything is rolled back; once the commit has happened it wins.
+        """
+        return await self._port.commit_work(self._claim, work, completing=True)
+
+    async def transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
+        """Run `work(conn)` in a thread and commit its writes, if this claim still owns the job.
+
+        Like `commit`, but the job goes on: the writes survive a later failure of the handler.
+        """
+        return await self._port.commit_work(self._claim, work, completing=False)
+
+
+def _utc(seconds: float) -> dt.datetime:
+    # From an integer of microseconds: a float of seconds would lose the last digit.
+    return EPOCH + dt.timedelta(microseconds=round(seconds * 1_000_000))
+
+
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)

@@ -1,0 +1,245 @@
+"""The ways in: open a worker group, a client, or serve until a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import trio
+
+from ._client import Client
+from ._errors import OptionError, checked_seconds, sole_error
+from ._flusher import Flusher
+from ._group import GroupContext, WorkerGroup, checked_workers, default_name, with_workers
+from ._model import ShutdownReport
+from ._options import DEFAULT_SCHEMA, GroupOptions, checked_schema
+from ._postgres import PostgresStore
+from ._queue import Worker
+from ._store import Store
+
+__all__ = ["open_client", "open_worker_group", "serve"]
+
+CLIENT_CLOSE_TIMEOUT: Final = 5.0  # seconds in which a closing client answers everybody
+
+
+def open_worker_group(
+    conninfo: str,
+    workers: Sequence[Worker[Any, Any]],
+    *,
+    name: str | None = None,
+    schema: str = DEFAULT_SCHEMA,
+    grace_period: float = 10.0,
+    close_timeout: float = 5.0,
+    call_timeout: float = 4.0,
+    lease_duration: float = 30.0,
+    lease_margin: float = 5.0,
+    beat_interval: float = 6.0,
+    poll_interval: float = 1.0,
+    listening_poll_interval: float = 5.0,
+    rescan_interval: float = 1.0,
+    claim_linger: float = 0.005,
+    listen_conninfo: str | None = None,
+    notify: bool = True,
+    pooled: bool = False,
+    job_connections: int | None = None,
+    concurrency: int | None = None,
+    isolation: Literal["slot", "task"] = "slot",
+) -> GroupContext:
+    """Open a worker group as a scope: `async with open_worker_group(conninfo, workers) as group: …`.
+
+    Inside the block jobs run. Leaving it, for whatever reason and at whatever instant, gives every
+    job in flight back without charging it an attempt. A normal exit stops gracefully: handlers get
+    `grace_period` to end. An exception or a cancel cancels them at once.
+
+    Args:
+        conninfo: libpq connection string or URI; its password is never logged.
+        workers: at least one, each for another queue. The other arguments: see `GroupOptions`.
+
+    Raises:
+        OptionError: an argument is refused; nothing was opened.
+        DatabaseError: the server cannot be reached at start. SchemaError: run `triojobs migrate`.
+        LeaseLostError: the lease was lost and the group cannot register again.
+        The body's own error comes bare when it is alone; several errors come in an exception group.
+
+    Cancellation: leaving takes at most grace_period + close_timeout + call_timeout + 1 seconds (20 by
+    default), given handlers that obey cancellation.
+    """
+    options = GroupOptions(
+        name=default_name() if name is None else name,
+        schema=schema,
+        grace_period=grace_period,
+        close_timeout=close_timeout,
+        call_timeout=call_timeout,
+        lease_duration=lease_duration,
+        lease_margin=lease_margin,
+        beat_interval=beat_interval,
+        poll_interval=poll_interval,
+        listening_poll_interval=listening_poll_interval,
+        rescan_interval=rescan_interval,
+        claim_linger=claim_linger,
+        listen_conninfo=_checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
+        notify=notify,
+        pooled=pooled,
+        job_connections=job_connections,
+        concurrency=concurrency,
+        isolation=isolation,
+    )
+    _checked_conninfo("conninfo", conninfo)
+    options = with_workers(options, checked_workers(workers))
+
+    def make_store() -> Store:
+        return PostgresStore(
+            conninfo,
+            schema=options.schema,
+            call_timeout=options.call_timeout,
+            listen_conninfo=options.listen_conninfo,
+            pooled=options.pooled,
+            notify=options.notify,
+            job_connections=options.job_connections or 1,
+        )
+
+    return GroupContext(make_store, workers, options)
+
+
+class ClientContext:
+    """The async context manager that `open_client` returns; protected against Ctrl-C like a nursery."""
+
+    def __init__(self, store: Store, close_timeout: float) -> None:
+        self._store = store
+        self._close_timeout = close_timeout
+        self._client: Client
+        self._flusher: Flusher
+        self._nursery_manager: Any
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Client:
+        try:
+            await self._store.open()
+        except BaseException:
+            await self._store.aclose()
+            raise
+        self._flusher = Flusher(self._store)
+        self._nursery_manager = trio.open_nursery()
+        nursery = await self._nursery_manager.__aenter__()
+        nursery.start_soon(self._flusher.run, name="triojobs flusher")
+        nursery.start_soon(self._close_when_cancelled, name="triojobs client")
+        self._client = Client(self._store, self._flusher)
+        return self._client
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool:
+        self._close()
+        try:
+            swallowed: bool = await self._nursery_manager.__aexit__(kind, exc, tb)
+        except BaseExceptionGroup as errors:
+            if exc is not None and errors.exceptions == (exc,):
+                return False  # the nursery is ours: the body's own error comes bare
+            raise
+        finally:
+            self._client._closed = True
+            await self._store.aclose()
+        return swallowed
+
+    def _close(self) -> None:
+        self._flusher.close(deadline=self._store.now() + self._close_timeout)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _close_when_cancelled(self) -> None:
+        # Threads may wait in enqueue_from_thread while the block is being cancelled around them.
+        try:
+            await self._flusher.ended.wait()
+        finally:
+            self._close()
+
+
+def open_client(
+    conninfo: str, *, schema: str = DEFAULT_SCHEMA, call_timeout: float = 4.0, pooled: bool = False
+) -> ClientContext:
+    """Open a client as a scope: `async with open_client(conninfo) as client: …`.
+
+    Args:
+        conninfo: libpq connection string or URI. schema: where the tables are. call_timeout: seconds
+            per call of the database. pooled: conninfo leads to PgBouncer in transaction mode.
+
+    Raises:
+        DatabaseError, SchemaError: the database cannot be reached or does not fit.
+
+    Cancellation: leaving answers everybody who waits for an enqueue, within 5 seconds.
+    """
+    checked_schema(schema)
+    checked_seconds("call_timeout", call_timeout, positive=True)
+    store = PostgresStore(
+        _checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
+    )
+    return ClientContext(store, CLIENT_CLOSE_TIMEOUT)
+
+
+async def serve(
+    conninfo: str,
+    workers: Sequence[Worker[Any, Any]],
+    *,
+    task_status: trio.TaskStatus[WorkerGroup] = trio.TASK_STATUS_IGNORED,
+    **options: Any,
+) -> ShutdownReport:
+    """Run a worker group until SIGTERM or SIGINT; return its report.
+
+    The first signal stops gracefully, the second cancels the handlers, the third ends the process at
+    once as that signal does by default. Usable with `nursery.start`, which returns the open group.
+
+    Args:
+        options: those of `open_worker_group`.
+
+    Raises: as `open_worker_group`; RuntimeError outside of the main thread, where no signal arrives.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "triojobs.serve handles signals and must run in the main thread; elsewhere use open_worker_group"
+        )
+    abort = trio.CancelScope()
+    # Shielded: a second signal must be heard while the first cancel is being obeyed.
+    listening = trio.CancelScope(shield=True)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    with abort:
+                        async with open_worker_group(conninfo, workers, **options) as group:
+                            nursery.start_soon(_obey_signals, signals, group, abort, listening)
+                            task_status.started(group)
+                            await group.wait_stopped()
+                finally:
+                    listening.cancel()
+        except BaseExceptionGroup as errors:
+            alone = sole_error(errors)  # the nursery is ours
+            if alone is None:
+                raise
+            raise alone from alone.__cause__
+    return group.report
+
+
+async def _obey_signals(
+    signals: AsyncIterator[int], group: WorkerGroup, abort: trio.CancelScope, listening: trio.CancelScope
+) -> None:
+    received = 0
+    with listening:
+        async for number in signals:
+            received += 1
+            if received == 1:
+                group.stop()
+            elif received == 2:
+                abort.cancel(reason="a second signal arrived")
+            else:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+
+def _checked_conninfo(field: str, value: object) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
+    return value

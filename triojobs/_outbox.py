@@ -1,0 +1,150 @@
+"""The outbox: enqueue inside the caller's own psycopg transaction.
+
+The job exists if and only if the caller's transaction commits. Synchronous, from any thread, no
+event loop needed. The caller's connection may have any settings; it is left as it was found.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from ._client import rows_of
+from ._errors import OptionError
+from ._model import Enqueued, KeyUntil, NewRow, OnConflict
+from ._options import DEFAULT_SCHEMA, checked_schema
+from ._postgres import enqueue_on_connection, is_connection
+from ._queue import NewJob, Queue
+
+if TYPE_CHECKING:
+    import psycopg
+
+__all__ = ["enqueue_many_on", "enqueue_on", "try_enqueue_many_on", "try_enqueue_on"]
+
+PayloadT = TypeVar("PayloadT")
+
+
+class Transaction(Protocol):
+    """A transaction of another store (the one in memory lends such an object to `Job.commit`)."""
+
+    def enqueue_rows(self, rows: list[NewRow]) -> list[Enqueued]: ...
+
+
+def enqueue_on(
+    conn: psycopg.Connection[Any],
+    queue: Queue[PayloadT, Any],
+    payload: PayloadT,
+    *,
+    schema: str = DEFAULT_SCHEMA,
+    delay: float | None = None,
+    run_at: dt.datetime | None = None,
+    priority: int = 0,
+    max_attempts: int = 5,
+    timeout: float | None = None,
+    deadline: dt.datetime | None = None,
+    key: str | None = None,
+    key_until: KeyUntil = "kept",
+    metadata: Mapping[str, Any] | None = None,
+    job_id: int | None = None,
+    on_conflict: OnConflict = "raise",
+) -> int:
+    """Enqueue one job in the caller's transaction; return its id.
+
+    Args:
+        conn: a synchronous psycopg connection. In autocommit mode, outside of a transaction, the
+            call is a transaction of its own. schema: where the tables are. Others: see `Client.enqueue`.
+
+    Raises:
+        OptionError, DuplicateJobError, DatabaseError: this call alone is undone (savepoint); the
+            caller's transaction stays usable.
+
+    Threads: any; blocks its thread.
+    """
+    new = NewJob(
+        payload,
+        delay=delay,
+        run_at=run_at,
+        priority=priority,
+        max_attempts=max_attempts,
+        timeout=timeout,
+        deadline=deadline,
+        key=key,
+        key_until=key_until,
+        metadata=metadata,
+        job_id=job_id,
+        on_conflict=on_conflict,
+    )
+    return _enqueue(conn, queue, [new], schema)[0].id
+
+
+def try_enqueue_on(
+    conn: psycopg.Connection[Any],
+    queue: Queue[PayloadT, Any],
+    payload: PayloadT,
+    *,
+    schema: str = DEFAULT_SCHEMA,
+    delay: float | None = None,
+    run_at: dt.datetime | None = None,
+    priority: int = 0,
+    max_attempts: int = 5,
+    timeout: float | None = None,
+    deadline: dt.datetime | None = None,
+    key: str | None = None,
+    key_until: KeyUntil = "kept",
+    metadata: Mapping[str, Any] | None = None,
+    job_id: int | None = None,
+    on_conflict: OnConflict = "return",
+) -> Enqueued:
+    """Like `enqueue_on`, but tell whether this call created the job or replaced another's body."""
+    new = NewJob(
+        payload,
+        delay=delay,
+        run_at=run_at,
+        priority=priority,
+        max_attempts=max_attempts,
+        timeout=timeout,
+        deadline=deadline,
+        key=key,
+        key_until=key_until,
+        metadata=metadata,
+        job_id=job_id,
+        on_conflict=on_conflict,
+    )
+    return _enqueue(conn, queue, [new], schema)[0]
+
+
+def enqueue_many_on(
+    conn: psycopg.Connection[Any],
+    queue: Queue[PayloadT, Any],
+    payloads: Iterable[PayloadT | NewJob[PayloadT]],
+    *,
+    schema: str = DEFAULT_SCHEMA,
+) -> list[int]:
+    """Enqueue jobs in the caller's transaction; ids in the order given. See `enqueue_on`."""
+    return [entry.id for entry in _enqueue(conn, queue, payloads, schema)]
+
+
+def try_enqueue_many_on(
+    conn: psycopg.Connection[Any],
+    queue: Queue[PayloadT, Any],
+    payloads: Iterable[PayloadT | NewJob[PayloadT]],
+    *,
+    schema: str = DEFAULT_SCHEMA,
+) -> list[Enqueued]:
+    """Like `enqueue_many_on`, but tell for each item whether it was created or replaced."""
+    return _enqueue(conn, queue, payloads, schema)
+
+
+def _enqueue(
+    conn: psycopg.Connection[Any] | Transaction, queue: Queue[Any, Any], items: Iterable[Any], schema: str
+) -> list[Enqueued]:
+    checked_schema(schema)
+    rows = rows_of(queue, items)
+    if not rows:
+        return []
+    if is_connection(conn):
+        return enqueue_on_connection(conn, schema, rows)  # type: ignore[arg-type]  # just checked
+    if hasattr(conn, "enqueue_rows"):
+        return conn.enqueue_rows(rows)
+    raise OptionError("conn", conn, "a synchronous psycopg.Connection")

@@ -1,0 +1,104 @@
+"""One registration of a worker group while it lives: its lease, its ledger, its scopes.
+
+Entry: the group registered. Inside: the fetcher claims, handlers run, the settler writes, the beat
+loop keeps the lease. Exits: the group stops or is cancelled (close), or the lease is lost (handlers
+are cancelled, what is left is closed, a new registration follows under a new id).
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Sequence
+
+import trio
+from trio_util import AsyncBool, AsyncValue
+
+from ._lease import Lease
+from ._ledger import Ledger
+from ._model import CancelRequest, Registration
+from ._wake import Wake
+
+__all__ = ["LiveRegistration"]
+
+
+class LiveRegistration:
+    """Everything that belongs to one group id.
+
+    Attributes written by → read by:
+        lease: beat thread → lease watcher. ledger: everybody. epoch, unknown_claim: fetcher → closing.
+        fetching, slots_alive (0 or 1), running: fetcher and slots → supervisor. lost: beats → supervisor.
+        interrupted_at: Trio's clock when handlers began to be cancelled; a timeout that fires later
+        is not the job's fault.
+    """
+
+    def __init__(self, record: Registration, lease: Lease) -> None:
+        self.record = record
+        self.lease = lease
+        self.unsettled = Wake()
+        self.ledger = Ledger(on_ended=self.unsettled.set)
+        self.epoch = 1
+        self.unknown_claim = False
+        self.lost = AsyncBool(False)
+        self.fetching = AsyncBool(False)
+        self.beating = AsyncBool(False)
+        self.settling = AsyncBool(False)
+        self.slots_alive = AsyncValue(0)
+        self.running = AsyncValue(0)
+        self.fetch_scope = trio.CancelScope()
+        self.handler_scope = trio.CancelScope()
+        self.settle_scope = trio.CancelScope(shield=True)
+        self.service_scope = trio.CancelScope()
+        self.interrupted_at = math.inf
+        self.closed = False
+        self.rescued_jobs = 0
+        self.on_cancel_request: Callable[[CancelRequest], None] = _nobody_runs
+        self._claim_no = 0
+        self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def group_id(self) -> uuid.UUID:
+        """The id, never used again."""
+        return self.record.group_id
+
+    def next_claim_no(self) -> int:
+        """Return a number that no claim of this registration had before."""
+        self._claim_no += 1
+        return self._claim_no
+
+    def note_interruption(self) -> None:
+        """Remember since when handlers are being cancelled."""
+        self.interrupted_at = min(self.interrupted_at, trio.current_time())
+
+    def interrupt_handlers(self, reason: str) -> None:
+        """Cancel the scope around all handlers."""
+        self.note_interruption()
+        self.handler_scope.cancel(reason=reason)
+
+    def lose(self, reason: str) -> None:
+        """The lease cannot be proven any more: claim nothing, cancel handlers, register anew."""
+        self.fetch_scope.cancel(reason=reason)
+        self.interrupt_handlers(reason)
+        self.lost.value = True
+
+    # BeatEvents. Called from the beat thread, so they only pass the news to the event loop.
+
+    def lease_lost(self) -> None:
+        self._token.run_sync_soon(self.lose, "this registration was closed by somebody else")
+
+    def rescued(self, jobs: int) -> None:
+        self._token.run_sync_soon(self._count_rescued, jobs)
+
+    def cancel_requests(self, requests: Sequence[CancelRequest]) -> None:
+        for request in requests:
+            self._token.run_sync_soon(self._pass_on, request)
+
+    def _count_rescued(self, jobs: int) -> None:
+        self.rescued_jobs += jobs
+
+    def _pass_on(self, request: CancelRequest) -> None:
+        self.on_cancel_request(request)
+
+
+def _nobody_runs(request: CancelRequest) -> None:
+    """Before there are slots no job runs that could be cancelled."""

@@ -1,0 +1,204 @@
+"""SyncClient: the client for programs and threads without Trio."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import trio
+
+from ._bridge import on_loop
+from ._client import (
+    FIRST_LOOK,
+    LAST_LOOK,
+    REASON_LIMIT,
+    checked_job_id,
+    info_of,
+    result_of,
+    rows_of,
+    wrong_side,
+)
+from ._errors import JobNotFoundError, checked_seconds
+from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
+from ._options import DEFAULT_SCHEMA, checked_schema, checked_text
+from ._postgres import SyncStore
+from ._queue import NewJob, Queue
+
+__all__ = ["SyncClient"]
+
+PayloadT = TypeVar("PayloadT")
+ResultT = TypeVar("ResultT")
+
+
+class SyncClient:
+    """Enqueue and look after jobs without an event loop: `with SyncClient(conninfo) as client: …`.
+
+    Args:
+        conninfo: libpq connection string or URI. schema: where the tables are.
+        call_timeout: seconds per call of the database. pooled: conninfo leads to PgBouncer in
+            transaction mode.
+
+    Raises:
+        DatabaseError, SchemaError: on entry, when the database cannot be reached or does not fit.
+
+    Threads: any; calls of several threads take turns on one connection. Inside a Trio task every
+    method raises at once: it would block the loop.
+    """
+
+    def __init__(
+        self,
+        conninfo: str,
+        *,
+        schema: str = DEFAULT_SCHEMA,
+        call_timeout: float = 4.0,
+        pooled: bool = False,
+    ) -> None:
+        self._schema = checked_schema(schema)
+        checked_seconds("call_timeout", call_timeout, positive=True)
+        self._store = SyncStore(conninfo, schema=schema, call_timeout=call_timeout, pooled=pooled)
+        self._closed = False
+
+    def __enter__(self) -> SyncClient:
+        self._check("SyncClient", "open_client")
+        try:
+            self._store.check()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._store.close()
+
+    def _check(self, method: str, instead: str) -> None:
+        if on_loop():
+            raise wrong_side(method, f"in a Trio task use `{instead}` of a client from open_client")
+        if self._closed:
+            raise trio.ClosedResourceError("this triojobs client is closed")
+
+    def enqueue(
+        self,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        *,
+        delay: float | None = None,
+        run_at: dt.datetime | None = None,
+        priority: int = 0,
+        max_attempts: int = 5,
+        timeout: float | None = None,
+        deadline: dt.datetime | None = None,
+        key: str | None = None,
+        key_until: KeyUntil = "kept",
+        metadata: Mapping[str, Any] | None = None,
+        job_id: int | None = None,
+        on_conflict: OnConflict = "raise",
+    ) -> int:
+        """Enqueue one job and return its id, once it is committed. See `Client.enqueue`."""
+        self._check("SyncClient.enqueue", "await client.enqueue(…)")
+        new = NewJob(
+            payload,
+            delay=delay,
+            run_at=run_at,
+            priority=priority,
+            max_attempts=max_attempts,
+            timeout=timeout,
+            deadline=deadline,
+            key=key,
+            key_until=key_until,
+            metadata=metadata,
+            job_id=job_id,
+            on_conflict=on_conflict,
+        )
+        return self._store.enqueue(rows_of(queue, [new]))[0].id
+
+    def try_enqueue(
+        self, queue: Queue[PayloadT, Any], payload: PayloadT | NewJob[PayloadT], **options: Any
+    ) -> Enqueued:
+        """Like `enqueue` (on_conflict "return" by default), but tell what happened. See `Client.try_enqueue`."""
+        self._check("SyncClient.try_enqueue", "await client.try_enqueue(…)")
+        new = (
+            payload
+            if isinstance(payload, NewJob)
+            else NewJob(payload, **({"on_conflict": "return"} | options))
+        )
+        return self._store.enqueue(rows_of(queue, [new]))[0]
+
+    def enqueue_many(
+        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
+    ) -> list[int]:
+        """Enqueue jobs in one transaction; ids in the order given. See `Client.enqueue_many`."""
+        self._check("SyncClient.enqueue_many", "await client.enqueue_many(…)")
+        rows = rows_of(queue, payloads)
+        return [entry.id for entry in self._store.enqueue(rows)] if rows else []
+
+    def new_job_id(self) -> int:
+        """Reserve an id for `enqueue(…, job_id=…)`."""
+        self._check("SyncClient.new_job_id", "await client.new_job_id()")
+        return self._store.new_job_ids(1)[0]
+
+    @overload
+    def get(self, job_id: int) -> JobInfo[Any] | None: ...
+    @overload
+    def get(self, job_id: int, queue: Queue[PayloadT, Any]) -> JobInfo[PayloadT] | None: ...
+    def get(self, job_id: int, queue: Queue[Any, Any] | None = None) -> JobInfo[Any] | None:
+        """Return the job as it stands, or None. See `Client.get`."""
+        self._check("SyncClient.get", "await client.get(…)")
+        found = self._store.read_jobs([checked_job_id(job_id)])
+        return info_of(found[0], queue) if found else None
+
+    @overload
+    def result(self, job_id: int, *, timeout: float | None = None) -> Any: ...
+    @overload
+    def result(self, job_id: int, queue: Queue[Any, ResultT], *, timeout: float | None = None) -> ResultT: ...
+    def result(
+        self, job_id: int, queue: Queue[Any, Any] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """Block until the job has ended and return its result. See `Client.result`.
+
+        Raises:
+            TimeoutError: it had not ended after `timeout` seconds.
+        """
+        self._check("SyncClient.result", "await client.result(…)")
+        for info in self._as_completed([checked_job_id(job_id)], queue, timeout):
+            return result_of(info)
+        raise AssertionError  # one id gives one completion, or JobNotFoundError
+
+    def _as_completed(
+        self, waiting: list[int], queue: Queue[Any, Any] | None, timeout: float | None
+    ) -> Iterator[JobInfo[Any]]:
+        give_up_at = (
+            float("inf") if timeout is None else time.monotonic() + checked_seconds("timeout", timeout)
+        )
+        look = FIRST_LOOK
+        while waiting:
+            ended = self._store.ended(waiting)
+            found = {raw.id: raw for raw in self._store.read_jobs(ended)} if ended else {}
+            for job_id in ended:
+                if job_id not in found:
+                    raise JobNotFoundError(job_id, operation="waiting for jobs")
+                info = info_of(found[job_id], queue)
+                if info.status.ended:
+                    waiting.remove(job_id)
+                    yield info
+            if waiting:
+                if time.monotonic() + look > give_up_at:
+                    raise TimeoutError(f"job {waiting[0]} had not ended after {timeout:g} s")
+                time.sleep(look)
+                look = min(LAST_LOOK, look * 1.5)
+
+    def cancel(self, job_id: int, *, reason: str = "cancelled") -> bool:
+        """Cancel a job. See `Client.cancel`."""
+        self._check("SyncClient.cancel", "await client.cancel(…)")
+        checked_text("reason", reason, least=0, most=REASON_LIMIT)
+        return self._store.cancel_job(checked_job_id(job_id), reason)
