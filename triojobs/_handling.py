@@ -311,7 +311,9 @@ def _with_keyboard_interrupt(handler: Callable[[Job[Any]], Any]) -> Callable[[Jo
     async def call(job: Job[Any]) -> Any:
         awaitable = handler(job)
         if not isinstance(awaitable, Awaitable):
-            raise TypeError(f"a handler must be an async function, but {handler!r} returned {type(awaitable).__name__}")
+            raise TypeError(
+                f"a handler must be an async function, but {handler!r} returned {type(awaitable).__name__}"
+            )
         return await awaitable
 
     return call

@@ -23,7 +23,9 @@ def worker(handler: Handler, **options: Any) -> triojobs.Worker[Any, Any]:
     return triojobs.Worker(plain, handler, **({"retry": AT_ONCE} | options))
 
 
-async def run_one(conninfo: str, handler: Handler, *, job: dict[str, Any] | None = None, **options: Any) -> Any:
+async def run_one(
+    conninfo: str, handler: Handler, *, job: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """Run one job until it has ended and return its info."""
     async with triojobs.open_worker_group(conninfo, [worker(handler, **options)]) as group:
         job_id = await group.client.enqueue(plain, None, **(job or {}))
@@ -204,7 +206,9 @@ async def test_a_payload_that_does_not_fit_the_type_is_a_failed_attempt(conninfo
     async def handler(job: triojobs.Job[int]) -> None:
         raise AssertionError("must not run")
 
-    async with triojobs.open_worker_group(conninfo, [triojobs.Worker(numbers, handler, retry=AT_ONCE)]) as group:
+    async with triojobs.open_worker_group(
+        conninfo, [triojobs.Worker(numbers, handler, retry=AT_ONCE)]
+    ) as group:
         job_id = await group.client.enqueue(plain, "no number", max_attempts=2)
         with trio.fail_after(10), pytest.raises(triojobs.JobFailedError, match="does not fit") as caught:
             await group.client.result(job_id)
@@ -313,7 +317,9 @@ async def test_cancel_gives_every_row_back_without_charging_an_attempt(conninfo:
     assert group.report.released == group.statistics().claimed > 0
     with psycopg.connect(conninfo) as conn:
         assert conn.execute("SELECT max(attempts) FROM triojobs.ready").fetchone() == (0,)
-        assert conn.execute("SELECT bool_and(closed_at IS NOT NULL) FROM triojobs.worker_groups").fetchone() == (True,)
+        assert conn.execute(
+            "SELECT bool_and(closed_at IS NOT NULL) FROM triojobs.worker_groups"
+        ).fetchone() == (True,)
 
 
 async def test_a_graceful_stop_lets_handlers_end(conninfo: str) -> None:
