@@ -187,5 +187,7 @@ def _check_job_ids(cursor: psycopg.Cursor[tuple[Any, ...]], schema: str, rows: S
     if given:
         found = cursor.execute(statement(HANDED_OUT, schema)).fetchone()
         assert found is not None
-        if max(given) > found[0]:
-            raise OptionError("job_id", max(given), "an id that new_job_id() handed out", operation="enqueueing")
+        for job_id in given:
+            if not 1 <= job_id <= found[0]:
+                limit = "an id that new_job_id() handed out"
+                raise OptionError("job_id", job_id, limit, operation="enqueueing")

@@ -35,7 +35,8 @@ WITH me AS MATERIALIZED (
 ), ended AS (
     DELETE FROM {schema}.leases l
     USING asked a
-    WHERE l.id = a.id AND l.claim_no = a.claim_no AND l.group_id = %(group_id)s AND EXISTS (SELECT FROM me)
+    WHERE l.id = a.id AND l.claim_no = a.claim_no AND l.group_id = %(group_id)s
+      AND EXISTS (SELECT FROM me)
     RETURNING l.id, l.claim_no, l.attempt, l.max_attempts, l.queue, l.priority, l.run_at, l.claimed_at,
         l.cancel_reason, a.result, a.encoding, a.delay,
         CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.outcome ELSE 'cancelled' END AS outcome,
