@@ -138,7 +138,7 @@ class Group:
     def lapse(self, conn: Connection) -> None:
         """Let the lease be over, as if the process had stopped beating."""
         conn.execute(
-            "UPDATE triojobs.worker_groups SET lease_until = clock_timestamp() - interval '1 s' WHERE id = %s",
+            "UPDATE triojobs.worker_groups SET lease_until = now() - interval '1 s' WHERE id = %s",
             [self.id],
         )
 
