@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import psycopg
@@ -102,10 +103,13 @@ WHERE job_id = %(id)s AND group_id = %(group_id)s AND claim_no = %(claim_no)s
 def settle(
     conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, batch: Sequence[Settlement]
 ) -> tuple[list[Settled], set[str]]:
-    """Write the ends of claims of one group; `batch` is in id order.
+    """Write the ends of claims of one group.
 
     Returns what was written, and the queues in which something became claimable (sooner).
     """
+    # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
+    # deadlock; the plan keeps the order of the batch.
+    batch = sorted(batch, key=attrgetter("job_id"))
     parameters = {
         "group_id": group_id,
         "ids": [s.job_id for s in batch],
