@@ -137,12 +137,14 @@ BEGIN
             END IF;
             IF held THEN
                 id := holder;
-                EXIT WHEN enqueue_keyed.on_conflict <> 'replace';
+                IF enqueue_keyed.on_conflict <> 'replace' THEN
+                    RETURN;
+                END IF;
                 changed := triojobs.replace_job(holder, enqueue_keyed.payload, enqueue_keyed.encoding,
                     enqueue_keyed.metadata, enqueue_keyed.priority, enqueue_keyed.max_attempts,
                     enqueue_keyed.timeout, enqueue_keyed.deadline, enqueue_keyed.run_at);
-                CONTINUE WHEN changed IS NULL AND round < 3;
-                EXIT WHEN changed IS NULL;
+                EXIT WHEN changed IS NULL AND round >= 3;
+                CONTINUE WHEN changed IS NULL;
                 replaced := changed;
                 RETURN;
             END IF;
@@ -160,10 +162,8 @@ BEGIN
             enqueue_keyed.max_attempts, enqueue_keyed.timeout, enqueue_keyed.deadline, enqueue_keyed.run_at);
         RETURN;
     END LOOP;
-    IF enqueue_keyed.on_conflict = 'replace' OR holder IS NULL THEN
-        RAISE EXCEPTION 'the job under key % is changing hands; nothing was written', quote_literal(enqueue_keyed.key)
-            USING ERRCODE = 'serialization_failure', HINT = 'repeat the call';
-    END IF;
+    RAISE EXCEPTION 'the job under key % is changing hands; nothing was written', quote_literal(enqueue_keyed.key)
+        USING ERRCODE = 'serialization_failure', HINT = 'repeat the call';
 END $$;
 
 -- The outbox for programs that are not Python: the job exists if and only if the caller's
@@ -179,8 +179,9 @@ DECLARE
     body   bytea := convert_to(enqueue.payload::text, 'UTF8');
     held   record;
     wrong  text;
-    space  CONSTANT text := (SELECT relnamespace::regnamespace::text FROM pg_class
-                             WHERE oid = 'triojobs.jobs'::regclass);
+    -- The plain name, as the listeners have it: regnamespace would quote a name like user.
+    space  CONSTANT text := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                             WHERE c.oid = 'triojobs.jobs'::regclass);
 BEGIN
     wrong := CASE
         WHEN enqueue.queue IS NULL OR octet_length(enqueue.queue) NOT BETWEEN 1 AND 255

@@ -242,13 +242,17 @@ class Cluster:
         return self.adopted is not None and postmaster_lives(self.adopted, self.pgdata)
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the process that we own; initdb has nothing to save, so it and its children just end."""
+        """Signal the process that we own.
+
+        initdb gets the first patience without a signal: it needs half a second in all, and the servers
+        that it runs, killed, would leave shared memory (1 MB each, seen) until the machine restarts.
+        """
         with contextlib.suppress(ProcessLookupError):
             if self.adopted is not None:
                 os.kill(self.adopted, number)
             elif self.child is not None and self.pgdata.exists():
                 self.child.send_signal(number)
-            elif self.child is not None:
+            elif self.child is not None and number != signal.SIGINT:
                 os.killpg(self.child.pid, signal.SIGKILL)
 
     @property

@@ -470,11 +470,11 @@ class GroupContext:
         except BaseExceptionGroup as errors:
             # The nursery is ours, not the user's: an error that is alone comes bare, whoever raised it.
             alone = sole_error(errors)
+            if alone is None:
+                raise
             if alone is exc:
                 return False
-            if alone is not None:
-                raise alone from alone.__cause__
-            raise
+            raise alone from alone.__cause__
         finally:
             group.client._closed = True
             with trio.CancelScope(shield=True):

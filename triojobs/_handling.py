@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -309,6 +309,11 @@ def _with_keyboard_interrupt(handler: Callable[[Job[Any]], Any]) -> Callable[[Jo
 
     @trio.lowlevel.disable_ki_protection
     async def call(job: Job[Any]) -> Any:
-        return await handler(job)
+        awaitable = handler(job)
+        if not isinstance(awaitable, Awaitable):
+            raise TypeError(
+                f"a handler must be an async function, but {handler!r} returned {type(awaitable).__name__}"
+            )
+        return await awaitable
 
     return call

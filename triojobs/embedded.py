@@ -55,7 +55,8 @@ def open_embedded_postgres(
         TriojobsError: no programs were found, or this user cannot run them.
 
     Cancellation: at any moment; what has been started is stopped, shielded, for at most 7 s (a fast
-    shutdown takes 0.02 s). A second Ctrl-C while the server stops is raised once it has stopped.
+    shutdown takes 0.02 s; initdb, 0.5 s, is let finish). A second Ctrl-C while the server stops is
+    raised once it has stopped.
 
     Threads: none. The loop is blocked for some milliseconds at a time; once for about 0.1 s where the
     programs must be copied, and up to 2 s where an adopted server accepts connections but is stuck.

@@ -215,6 +215,22 @@ async def test_cancel_during_start_leaves_nothing_running(
             assert value(conninfo, "SELECT 1") == 1
 
 
+async def test_a_cancel_lets_initdb_finish_because_its_servers_would_leave_shared_memory(place: Path) -> None:
+    children = []
+    cluster = Stopper()
+    with trio.CancelScope() as scope:
+
+        def cancel() -> None:
+            children.append(cluster.child)
+            scope.cancel()
+
+        cluster.when, cluster.at_start = initdb_runs, cancel
+        async with EmbeddedPostgres(cluster):
+            pytest.fail("it started in spite of the cancel")
+
+    assert [child.returncode for child in children if child is not None] == [0]
+
+
 def test_ctrl_c_during_start_leaves_nothing(place: Path) -> None:
     cluster = Stopper()
     cluster.when, cluster.at_start = server_starts, lambda: signal.raise_signal(signal.SIGINT)

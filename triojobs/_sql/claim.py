@@ -23,7 +23,9 @@ PROMOTE_LIMIT: Final = 1000  # rows per statement: 3.4 ms, so a promotion never 
 # * `ctid = ANY (ARRAY(…))` runs its sub-select once; the CTE and IN forms halve the rate and may be
 #   evaluated again, past the limit. A row that moved between snapshot and lock is missed, never wrong.
 # * LATERAL gives each queue a limit of its own in one statement.
-# * The body is LEFT JOINed: a missing body must come out as a row, never vanish into leases.
+# * The body is LEFT JOINed: a missing body must come out as a row, never vanish into leases. OFFSET 0
+#   keeps the look-up one by one: a plan made while the tables were small would hash every body, and
+#   a generic plan stays until the next ANALYZE.
 # * Only bytes and numbers come back. Text that does not decode would otherwise raise here, after
 #   the commit and before the booking.
 CLAIM: Final = """
@@ -62,7 +64,8 @@ SELECT t.id, array_position(%(queues)s::text[], t.queue), t.attempts + 1, t.max_
            SELECT convert_to(o.error, 'UTF8') FROM {schema}.outcomes o
            WHERE o.job_id = t.id AND o.error IS NOT NULL ORDER BY o.no DESC LIMIT 1
        ) END
-FROM taken t LEFT JOIN {schema}.jobs j ON j.id = t.id
+FROM taken t
+LEFT JOIN LATERAL (SELECT * FROM {schema}.jobs b WHERE b.id = t.id OFFSET 0) j ON true
 ORDER BY t.priority DESC, t.run_at, t.id
 """
 

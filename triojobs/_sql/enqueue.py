@@ -24,7 +24,7 @@ CHUNK: Final = 10_000  # rows per statement: past the knee of the rate, and a pa
 # `clock_timestamp()` per row keeps the order of the call. With `notify` the hint goes inside the
 # transaction: for callers whose commit we do not own.
 ENQUEUE_PLAIN: Final = """
-WITH asked AS MATERIALIZED (
+WITH given AS MATERIALIZED (
     SELECT nextval({job_ids}) AS id, a.queue, a.payload, a.encoding, a.metadata::jsonb AS metadata,
            a.priority, a.max_attempts, a.timeout, a.deadline, a.no,
            coalesce(a.run_at, clock_timestamp() + coalesce(a.delay, 0) * interval '1 second') AS run_at
@@ -34,6 +34,8 @@ WITH asked AS MATERIALIZED (
         %(deadlines)s::timestamptz[], %(run_ats)s::timestamptz[], %(delays)s::float8[]
     ) WITH ORDINALITY
       AS a(queue, payload, encoding, metadata, priority, max_attempts, timeout, deadline, run_at, delay, no)
+), asked AS MATERIALIZED (
+    SELECT *, run_at <= clock_timestamp() AS is_due FROM given
 ), body AS (
     INSERT INTO {schema}.jobs
         (id, queue, payload, encoding, metadata, priority, max_attempts, timeout, deadline, run_at)
@@ -41,12 +43,10 @@ WITH asked AS MATERIALIZED (
     FROM asked
 ), due AS (
     INSERT INTO {schema}.ready (id, queue, priority, run_at, attempts, max_attempts)
-    SELECT id, queue, priority, run_at, 0, max_attempts FROM asked WHERE run_at <= clock_timestamp()
-    RETURNING id
+    SELECT id, queue, priority, run_at, 0, max_attempts FROM asked WHERE is_due
 ), later AS (
     INSERT INTO {schema}.scheduled (id, queue, priority, run_at, attempts, max_attempts)
-    SELECT id, queue, priority, run_at, 0, max_attempts FROM asked
-    WHERE NOT EXISTS (SELECT FROM due WHERE due.id = asked.id)
+    SELECT id, queue, priority, run_at, 0, max_attempts FROM asked WHERE NOT is_due
 )
 SELECT a.id
 FROM asked a, (SELECT count(pg_notify({channel}, q)) FROM unnest(%(notify)s::text[]) q) n
@@ -187,7 +187,7 @@ def _check_job_ids(cursor: psycopg.Cursor[tuple[Any, ...]], schema: str, rows: S
     if given:
         found = cursor.execute(statement(HANDED_OUT, schema)).fetchone()
         assert found is not None
-        if max(given) > found[0]:
-            raise OptionError(
-                "job_id", max(given), "an id that new_job_id() handed out", operation="enqueueing"
-            )
+        for job_id in given:
+            if not 1 <= job_id <= found[0]:
+                limit = "an id that new_job_id() handed out"
+                raise OptionError("job_id", job_id, limit, operation="enqueueing")

@@ -82,7 +82,7 @@ WITH known AS (
     SELECT e.id, e.queue, e.priority, e.run_at, e.attempt - 1, e.max_attempts
     FROM ended e WHERE e.cancel_reason IS NULL
 )
-SELECT queue FROM ended
+SELECT queue FROM ended WHERE cancel_reason IS NULL
 """
 
 LOCK_LAPSED: Final = """

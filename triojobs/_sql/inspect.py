@@ -12,17 +12,18 @@ from .statements import statement
 
 __all__ = ["ended", "idle", "read_jobs"]
 
+# OFFSET 0 keeps the look-ups one by one: a plan made while the tables were small would hash every body.
 READ_JOBS: Final = """
 SELECT s.id, s.queue, s.status, s.attempts, s.max_attempts, s.priority, s.run_at, s.key, s.metadata,
        s.group_id, s.enqueued_at, s.claimed_at, s.finished_at, s.last_error,
        j.payload, j.encoding, j.deadline, o.result, o.encoding
-FROM {schema}.job_status s
-JOIN {schema}.jobs j ON j.id = s.id
+FROM unnest(%(ids)s::bigint[]) i
+CROSS JOIN LATERAL (SELECT * FROM {schema}.job_status v WHERE v.id = i OFFSET 0) s
+CROSS JOIN LATERAL (SELECT * FROM {schema}.jobs b WHERE b.id = i OFFSET 0) j
 LEFT JOIN LATERAL (
     SELECT x.result, x.encoding FROM {schema}.outcomes x
     WHERE s.status = 'done' AND x.job_id = s.id ORDER BY x.no DESC LIMIT 1
 ) o ON true
-WHERE s.id = ANY (%(ids)s::bigint[])
 """
 
 # One snapshot: a job on its way from one table to the next is in exactly one of them.

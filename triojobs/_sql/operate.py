@@ -109,10 +109,14 @@ def retry(conn: psycopg.Connection[Any], schema: str, job_id: int) -> bool:
         body = conn.execute(statement(LOCK_BODY, schema), {"id": job_id}).fetchone()
         if body is None:
             raise JobNotFoundError(job_id, operation="retrying")
+        if conn.execute(statement(RETRY, schema), {"id": job_id}).rowcount == 0:
+            return False
         queue, key = body
         if key is not None:
+            # After the insert: keys come last in the lock order, and a job that has not ended is told
+            # so even when its key has passed on.
             parameters = {"queue": queue, "key": key, "id": job_id}
             holder = conn.execute(statement(HOLD_KEY, schema), parameters).fetchone()
             if holder is not None and holder[0] != job_id:
                 raise DuplicateJobError(queue=queue, key=key, job_id=holder[0], operation="retrying")
-        return conn.execute(statement(RETRY, schema), {"id": job_id}).rowcount == 1
+        return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import psycopg
@@ -20,6 +21,9 @@ __all__ = ["hold_lease", "outcome_of_claim", "settle", "settle_one_done"]
 # * `me` takes KEY SHARE on the group's row, in any state: closing and rescue hold it FOR UPDATE
 #   while they sweep the same leases, so the two never lock leases in different orders (0 deadlocks
 #   in 126,000 operations, against 3 to 8 in 40,000 without).
+# * The LIMIT cuts nothing. Its parameter makes the planner expect one row of `asked`, so that it looks
+#   each lease up by its key, in the order of the batch, whatever the statistics said when the plan was
+#   made; otherwise it walks the whole table once per row, or locks leases in the order of the heap.
 # * The reason of a cancel comes from this very DELETE … RETURNING: a settle that waited for the
 #   cancel sees the row as the cancel left it. A table of requests would be read under a snapshot
 #   that is older than the wait.
@@ -32,14 +36,18 @@ WITH me AS MATERIALIZED (
         %(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[],
         %(results)s::bytea[], %(encodings)s::text[], %(delays)s::float8[]
     ) AS a(id, claim_no, outcome, error, result, encoding, delay)
+    LIMIT cardinality(%(ids)s::bigint[])
 ), ended AS (
     DELETE FROM {schema}.leases l
     USING asked a
-    WHERE l.id = a.id AND l.claim_no = a.claim_no AND l.group_id = %(group_id)s AND EXISTS (SELECT FROM me)
+    WHERE l.id = a.id AND l.claim_no = a.claim_no AND l.group_id = %(group_id)s
+      AND EXISTS (SELECT FROM me)
     RETURNING l.id, l.claim_no, l.attempt, l.max_attempts, l.queue, l.priority, l.run_at, l.claimed_at,
-        l.cancel_reason, a.result, a.encoding, a.delay,
-        CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.outcome ELSE 'cancelled' END AS outcome,
-        CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.error ELSE l.cancel_reason END AS error
+        a.result, a.encoding, a.delay,
+        CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.outcome ELSE 'cancelled' END
+            AS outcome,
+        CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.error ELSE l.cancel_reason END
+            AS error
 ), written AS (
     INSERT INTO {schema}.outcomes
         (job_id, group_id, claim_no, attempt, status, error, result, encoding, claimed_at)
@@ -95,10 +103,13 @@ WHERE job_id = %(id)s AND group_id = %(group_id)s AND claim_no = %(claim_no)s
 def settle(
     conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, batch: Sequence[Settlement]
 ) -> tuple[list[Settled], set[str]]:
-    """Write the ends of claims of one group; `batch` is in id order.
+    """Write the ends of claims of one group.
 
     Returns what was written, and the queues in which something became claimable (sooner).
     """
+    # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
+    # deadlock; the plan keeps the order of the batch.
+    batch = sorted(batch, key=attrgetter("job_id"))
     parameters = {
         "group_id": group_id,
         "ids": [s.job_id for s in batch],

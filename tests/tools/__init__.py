@@ -1,0 +1,1 @@
+"""What tests of several folders share: a fault proxy, programs to run as processes."""
