@@ -129,7 +129,7 @@ def settle(
         "errors": [s.error for s in batch],
         "results": [s.result for s in batch],
         "encodings": [s.encoding for s in batch],
-        "delays": [s.delay for s in batch],
+        "delays": [float(s.delay) for s in batch],  # psycopg refuses lists of int and float
     }
     with conn.cursor(binary=True) as cursor:
         rows = cursor.execute(statement(SETTLE, schema), parameters).fetchall()
