@@ -227,6 +227,12 @@ class Breaker:
         threading.Thread(target=call.cancel_on_server, name="triojobs-cancel", daemon=True).start()
 
 
+def _readable(fd: int) -> bool:
+    poll = select.poll()  # select() refuses descriptors from 1,024 on
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _usable(seconds: float) -> float:
     """Return when to start breaking off what must have ended after `seconds`."""
     return max(seconds - CANCEL_WAIT, seconds / 2, 0.0)
@@ -391,7 +397,7 @@ class Line:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
-            if not conn.closed and not select.select([conn.fileno()], [], [], 0)[0]:
+            if not conn.closed and not _readable(conn.fileno()):
                 return conn
             conn.close()
         conn = connect(

@@ -50,8 +50,25 @@ class Queue(Generic[PayloadT, ResultT]):
 
     __slots__ = ("codec", "name", "payload", "payload_limit", "result", "result_limit")
 
-    # With `type[T] | Any` in one signature type checkers infer nothing; a form that is no class
-    # (`int | None`) makes its side Any.
+    @overload
+    def __init__(
+        self: Queue[Any, Any],
+        name: str,
+        *,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Queue[PayloadT, Any],
+        name: str,
+        payload: type[PayloadT],
+        *,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
     @overload
     def __init__(
         self,
@@ -63,29 +80,7 @@ class Queue(Generic[PayloadT, ResultT]):
         payload_limit: int = ...,
         result_limit: int = ...,
     ) -> None: ...
-    @overload
-    def __init__(
-        self: Queue[PayloadT, Any],
-        name: str,
-        payload: type[PayloadT],
-        *,
-        result: Any = ...,
-        codec: Codec = ...,
-        payload_limit: int = ...,
-        result_limit: int = ...,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Queue[Any, ResultT],
-        name: str,
-        payload: Any = ...,
-        *,
-        result: type[ResultT],
-        codec: Codec = ...,
-        payload_limit: int = ...,
-        result_limit: int = ...,
-    ) -> None: ...
-    @overload
+    @overload  # typing forms such as `int | str` are no `type`
     def __init__(
         self: Queue[Any, Any],
         name: str,
