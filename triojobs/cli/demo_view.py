@@ -158,7 +158,7 @@ class LiveView:
 
     def note(self, text: str) -> None:
         """Print one line above the bar."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(text, markup=False)
 
     def show(self, run: Run, counts: Counts, rate: float) -> None:
         """Draw bar and numbers."""
@@ -192,13 +192,13 @@ class LiveView:
             self._live = None
 
     def _picture(self, run: Run, counts: Counts, rate: float) -> RenderableType:
-        from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
         width = min(60, self._console.width - 1)
         bar = ProgressBar(total=run.expected, completed=min(counts.ended, run.expected), width=width)
-        numbers = Text("  ", no_wrap=True, overflow="ellipsis")
+        numbers = Text(no_wrap=True, overflow="ellipsis")
         for name, number in (
             ("enqueued", counts.enqueued),
             ("running", counts.running),
@@ -209,7 +209,10 @@ class LiveView:
         ):
             numbers.append(f"{name} ", style="dim")
             numbers.append(f"{number}  ", style=_colour(name, str(number)) or "bold")
-        return Group(bar, numbers)
+        rows = Table.grid()  # a bar ends without a line break, so a group of the two would be one line
+        rows.add_row(bar)
+        rows.add_row(numbers)
+        return rows
 
 
 def _colour(name: str, number: str) -> str | None:
