@@ -14,7 +14,7 @@ import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
@@ -270,10 +270,8 @@ class Stress:
     @contextmanager
     def _missing_is_fine(self) -> Iterator[None]:
         """Some ids were drawn and rolled back."""
-        try:
+        with suppress(operate.JobNotFoundError):
             yield
-        except operate.JobNotFoundError:
-            pass
 
     def _register(self, conn: Connection) -> Ledger:
         ledger = Ledger(conn)
