@@ -198,13 +198,6 @@ def test_a_claim_by_nobody_locks_and_reads_nothing(grown: Grown) -> None:
     assert plan.pages < 10
 
 
-EARLY = pytest.mark.xfail(
-    reason="needs enable_seqscan = off in the workers' sessions: a small table is cheapest read whole",
-    strict=False,
-)
-
-
-@EARLY
 @pytest.mark.parametrize("statistics", ["none", "of empty tables"])
 def test_plans_made_while_the_tables_were_small_do_not_walk_them(db: Connection, statistics: str) -> None:
     if statistics == "of empty tables":
