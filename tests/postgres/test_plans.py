@@ -136,6 +136,15 @@ def test_an_empty_poll_touches_few_pages_beside_a_million_future_rows(grown: Gro
     assert not (move.walked | due.walked) & {"scheduled", "ready"}
 
 
+def test_a_clock_that_is_not_stable_would_walk_the_future(
+    grown: Grown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant = claim_sql.PROMOTE.replace("statement_timestamp()", "clock_timestamp()")
+    monkeypatch.setattr(claim_sql, "PROMOTE", mutant)
+    move, _ = grown.plans(claim_sql.promote, queues=["later", "empty"])
+    assert move.pages > 1000
+
+
 def test_promotion_takes_a_thousand_rows_by_place(grown: Grown) -> None:
     move, due = grown.plans(claim_sql.promote, queues=["soon", "later"])
     (delete,) = move.nodes("Tid Scan", Relation_Name="scheduled")
