@@ -71,6 +71,17 @@ WITH me AS MATERIALIZED (
 SELECT id, claim_no, outcome, CASE WHEN outcome IN ('failed', 'snoozed', 'released') THEN queue END FROM ended
 """
 
+# The repetition of a settlement whose reply was lost finds what that one wrote. What a rescue wrote
+# for the same claim says another error, and is not ours.
+WRITTEN_BEFORE: Final = """
+SELECT o.job_id, o.claim_no, o.status
+FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[])
+     AS a(id, claim_no, outcome, error)
+JOIN {schema}.outcomes o ON o.job_id = a.id AND o.group_id = %(group_id)s AND o.claim_no = a.claim_no
+WHERE (o.status = 'cancelled' AND a.outcome <> 'done')
+   OR (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
+"""
+
 # What `Job.commit` writes last in the handler's own transaction.
 SETTLE_ONE_DONE: Final = """
 WITH ended AS (
@@ -105,7 +116,8 @@ def settle(
 ) -> tuple[list[Settled], set[str]]:
     """Write the ends of claims of one group.
 
-    Returns what was written, and the queues in which something became claimable (sooner).
+    Returns what was written, now or by an earlier try of the same settlement, and the queues in which
+    something became claimable (sooner).
     """
     # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
     # deadlock; the plan keeps the order of the batch.
@@ -118,11 +130,15 @@ def settle(
         "errors": [s.error for s in batch],
         "results": [s.result for s in batch],
         "encodings": [s.encoding for s in batch],
-        "delays": [s.delay for s in batch],
+        "delays": [float(s.delay) for s in batch],  # psycopg refuses lists of int and float
     }
     with conn.cursor(binary=True) as cursor:
         rows = cursor.execute(statement(SETTLE, schema), parameters).fetchall()
-    written = [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
+        written = [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
+        if len(rows) < len(batch):
+            returned = {(row[0], row[1]) for row in rows}
+            before = cursor.execute(statement(WRITTEN_BEFORE, schema), parameters).fetchall()
+            written += [Settled(row[0], row[1], Outcome(row[2])) for row in before if row[:2] not in returned]
     return written, {row[3] for row in rows if row[3] is not None}
 
 
