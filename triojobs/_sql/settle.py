@@ -71,6 +71,20 @@ WITH me AS MATERIALIZED (
 SELECT id, claim_no, outcome, CASE WHEN outcome IN ('failed', 'snoozed', 'released') THEN queue END FROM ended
 """
 
+# A statement of its own, for what SETTLE did not find: then it sees what SETTLE had to wait for. A
+# rescuer writes failures under the same fence, which only its text tells from ours.
+WRITTEN_BEFORE: Final = """
+SELECT a.id, a.claim_no, o.status
+FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[])
+    AS a(id, claim_no, outcome, error)
+CROSS JOIN LATERAL (
+    SELECT * FROM {schema}.outcomes x
+    WHERE x.job_id = a.id AND x.group_id = %(group_id)s AND x.claim_no = a.claim_no OFFSET 0
+) o
+WHERE (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
+   OR (o.status = 'cancelled' AND a.outcome <> 'done')
+"""
+
 # What `Job.commit` writes last in the handler's own transaction.
 SETTLE_ONE_DONE: Final = """
 WITH ended AS (
@@ -105,7 +119,9 @@ def settle(
 ) -> tuple[list[Settled], set[str]]:
     """Write the ends of claims of one group.
 
-    Returns what was written, and the queues in which something became claimable (sooner).
+    Returns what stands written, by this call or, when its reply was lost, by an earlier one that asked
+    for the same; and the queues in which something became claimable (sooner). Releases and snoozes
+    leave no outcome: an earlier one is not found.
     """
     # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
     # deadlock; the plan keeps the order of the batch.
@@ -123,7 +139,26 @@ def settle(
     with conn.cursor(binary=True) as cursor:
         rows = cursor.execute(statement(SETTLE, schema), parameters).fetchall()
     written = [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
+    if len(written) < len(batch):  # rare: stale, or repeated
+        found = {(row.job_id, row.claim_no) for row in written}
+        written += _written_before(
+            conn, schema, group_id, [s for s in batch if (s.job_id, s.claim_no) not in found]
+        )
     return written, {row[3] for row in rows if row[3] is not None}
+
+
+def _written_before(
+    conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, batch: Sequence[Settlement]
+) -> list[Settled]:
+    parameters = {
+        "group_id": group_id,
+        "ids": [s.job_id for s in batch],
+        "claim_nos": [s.claim_no for s in batch],
+        "outcomes": [s.outcome.value for s in batch],
+        "errors": [s.error for s in batch],
+    }
+    rows = conn.execute(statement(WRITTEN_BEFORE, schema), parameters).fetchall()
+    return [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
 
 
 def settle_one_done(
