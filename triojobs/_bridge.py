@@ -78,7 +78,8 @@ async def run_in_thread(fn: Callable[[], T], limiter: trio.CapacityLimiter) -> T
 class Call:
     """One blocking call in flight, as the breaker sees it.
 
-    `guarded` is False while the user's own work runs: only a cancel of the job breaks that.
+    `guarded` is False while the user's own work runs: only a cancel of the job breaks that, and
+    says `abandoned`.
     """
 
     def __init__(self, conn: psycopg.Connection[Any], deadline: float, timeout: float) -> None:
@@ -86,6 +87,7 @@ class Call:
         self.deadline = deadline
         self.timeout = timeout
         self.guarded = True
+        self.abandoned = False
         self.breaking = False
         self.done = False
         self.lock = threading.Lock()
@@ -182,7 +184,7 @@ class Breaker:
         """Break a call off now: the job that it works for was cancelled."""
         with self._changed, call.lock:
             if not call.done and not call.guarded:
-                call.guarded = True
+                call.guarded = call.abandoned = True
                 call.deadline = clock()
                 self._changed.notify()
 
@@ -222,9 +224,18 @@ class Breaker:
             return
         call.breaking = True
         call.deadline = now + CANCEL_WAIT
-        log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
+        if call.abandoned:
+            log.debug("the work of a cancelled job is broken off", extra={"event": "work_broken_off"})
+        else:
+            log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
         # Elsewhere, so that one deaf server does not delay the breaking of other calls.
         threading.Thread(target=call.cancel_on_server, name="triojobs-cancel", daemon=True).start()
+
+
+def _readable(fd: int) -> bool:
+    poll = select.poll()  # select() refuses descriptors from 1,024 on
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _usable(seconds: float) -> float:
@@ -391,7 +402,7 @@ class Line:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
-            if not conn.closed and not select.select([conn.fileno()], [], [], 0)[0]:
+            if not conn.closed and not _readable(conn.fileno()):
                 return conn
             conn.close()
         conn = connect(

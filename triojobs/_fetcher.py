@@ -166,6 +166,7 @@ class Fetcher:
                 await self._store.mark_waiting(self._live.group_id, sorted(unmarked), True)
                 self._marked |= unmarked
                 short -= unmarked
+                self._promote_at = -math.inf  # what was scheduled just before the mark notified nobody
             full = (set(wants) - short - unmarked) & self._marked
             if full:
                 await self._store.mark_waiting(self._live.group_id, sorted(full), False)

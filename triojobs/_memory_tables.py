@@ -587,6 +587,12 @@ class Tables:
             deadline=job.deadline,
             result=None if done is None else done.result,
             result_encoding=None if done is None else done.encoding,
+            claim_no=None if place is None else place.claim_no,
+            cancel_reason=lease.cancel_reason
+            if lease
+            else ended.error
+            if status is JobStatus.CANCELLED and ended
+            else None,
         )
 
     def idle(self, queues: Collection[str], now: float) -> bool:

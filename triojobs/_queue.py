@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from ._backoff import Backoff
 from ._codec import CBOR, Codec, decode, encode
@@ -50,6 +50,47 @@ class Queue(Generic[PayloadT, ResultT]):
 
     __slots__ = ("codec", "name", "payload", "payload_limit", "result", "result_limit")
 
+    @overload
+    def __init__(
+        self: Queue[Any, Any],
+        name: str,
+        *,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Queue[PayloadT, Any],
+        name: str,
+        payload: type[PayloadT],
+        *,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        name: str,
+        payload: type[PayloadT],
+        *,
+        result: type[ResultT],
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload  # typing forms such as `int | str` are no `type`
+    def __init__(
+        self: Queue[Any, Any],
+        name: str,
+        payload: Any = ...,
+        *,
+        result: Any = ...,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
     def __init__(
         self,
         name: str,

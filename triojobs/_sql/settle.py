@@ -71,18 +71,15 @@ WITH me AS MATERIALIZED (
 SELECT id, claim_no, outcome, CASE WHEN outcome IN ('failed', 'snoozed', 'released') THEN queue END FROM ended
 """
 
-# A statement of its own, for what SETTLE did not find: then it sees what SETTLE had to wait for. A
-# rescuer writes failures under the same fence, which only its text tells from ours.
+# The repetition of a settlement whose reply was lost finds what that one wrote. What a rescue wrote
+# for the same claim says another error, and is not ours.
 WRITTEN_BEFORE: Final = """
-SELECT a.id, a.claim_no, o.status
+SELECT o.job_id, o.claim_no, o.status
 FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[])
-    AS a(id, claim_no, outcome, error)
-CROSS JOIN LATERAL (
-    SELECT * FROM {schema}.outcomes x
-    WHERE x.job_id = a.id AND x.group_id = %(group_id)s AND x.claim_no = a.claim_no OFFSET 0
-) o
-WHERE (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
-   OR (o.status = 'cancelled' AND a.outcome <> 'done')
+     AS a(id, claim_no, outcome, error)
+JOIN {schema}.outcomes o ON o.job_id = a.id AND o.group_id = %(group_id)s AND o.claim_no = a.claim_no
+WHERE (o.status = 'cancelled' AND a.outcome <> 'done')
+   OR (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
 """
 
 # What `Job.commit` writes last in the handler's own transaction.
@@ -119,9 +116,8 @@ def settle(
 ) -> tuple[list[Settled], set[str]]:
     """Write the ends of claims of one group.
 
-    Returns what stands written, by this call or, when its reply was lost, by an earlier one that asked
-    for the same; and the queues in which something became claimable (sooner). Releases and snoozes
-    leave no outcome: an earlier one is not found.
+    Returns what was written, now or by an earlier try of the same settlement, and the queues in which
+    something became claimable (sooner).
     """
     # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
     # deadlock; the plan keeps the order of the batch.
@@ -134,31 +130,16 @@ def settle(
         "errors": [s.error for s in batch],
         "results": [s.result for s in batch],
         "encodings": [s.encoding for s in batch],
-        "delays": [s.delay for s in batch],
+        "delays": [float(s.delay) for s in batch],  # psycopg refuses lists of int and float
     }
     with conn.cursor(binary=True) as cursor:
         rows = cursor.execute(statement(SETTLE, schema), parameters).fetchall()
-    written = [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
-    if len(written) < len(batch):  # rare: stale, or repeated
-        found = {(row.job_id, row.claim_no) for row in written}
-        written += _written_before(
-            conn, schema, group_id, [s for s in batch if (s.job_id, s.claim_no) not in found]
-        )
+        written = [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
+        if len(rows) < len(batch):
+            returned = {(row[0], row[1]) for row in rows}
+            before = cursor.execute(statement(WRITTEN_BEFORE, schema), parameters).fetchall()
+            written += [Settled(row[0], row[1], Outcome(row[2])) for row in before if row[:2] not in returned]
     return written, {row[3] for row in rows if row[3] is not None}
-
-
-def _written_before(
-    conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, batch: Sequence[Settlement]
-) -> list[Settled]:
-    parameters = {
-        "group_id": group_id,
-        "ids": [s.job_id for s in batch],
-        "claim_nos": [s.claim_no for s in batch],
-        "outcomes": [s.outcome.value for s in batch],
-        "errors": [s.error for s in batch],
-    }
-    rows = conn.execute(statement(WRITTEN_BEFORE, schema), parameters).fetchall()
-    return [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
 
 
 def settle_one_done(
