@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import inspect
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
@@ -30,6 +31,10 @@ __all__ = ["NewJob", "Queue", "Worker", "new_row"]
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
 
+# Times that survive every session's time zone on their way back from PostgreSQL.
+YEARS: Final = range(1900, 9000)
+# jsonb cannot hold NUL. JSON writes it as an escape, whose backslash is not itself escaped.
+NUL_IN_JSON: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 DEFAULT_CONCURRENCY: Final = 10  # handlers at once per worker: enough to hide round trips, kind to memory
 
 
@@ -104,7 +109,7 @@ class Queue(Generic[PayloadT, ResultT]):
         self.name = checked_name("queue", name)
         self.payload = payload
         self.result = result
-        if not isinstance(codec, Codec):
+        if not isinstance(codec, Codec) or isinstance(codec, type):  # a class has the methods, too
             raise OptionError("codec", codec, "an object with name, encode(value) and decode(data, type)")
         checked_text("codec.name", codec.name, least=1, most=32)
         self.codec = codec
@@ -243,7 +248,13 @@ def _hold(job: NewJob[Any]) -> tuple[str, float | None]:
 def _aware(field: str, value: object) -> dt.datetime:
     if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
         raise OptionError(field, value, "an aware datetime (with a time zone)")
-    return value.astimezone(dt.UTC)
+    try:
+        utc = value.astimezone(dt.UTC)
+    except OverflowError:
+        utc = None
+    if utc is None or utc.year not in YEARS:
+        raise OptionError(field, value, f"in the years {YEARS[0]} to {YEARS[-1]}")
+    return utc
 
 
 def _metadata(value: Mapping[str, Any] | None) -> str:
@@ -257,7 +268,6 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as exc:
         raise OptionError("metadata", value, f"{limit} ({exc})") from exc
-    # jsonb cannot hold NUL, which JSON writes as an escape.
-    if size > METADATA_LIMIT or "\\u0000" in text:
+    if size > METADATA_LIMIT or NUL_IN_JSON.search(text):
         raise OptionError("metadata", value, f"{limit} (it has {size} bytes)")
     return text
