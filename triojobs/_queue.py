@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import inspect
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -30,6 +31,8 @@ __all__ = ["NewJob", "Queue", "Worker", "new_row"]
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
 
+# jsonb cannot hold NUL, which JSON writes as an escape (of an even number of backslashes before it).
+NUL_ESCAPE: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 DEFAULT_CONCURRENCY: Final = 10  # handlers at once per worker: enough to hide round trips, kind to memory
 
 
@@ -165,6 +168,8 @@ def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
     """
     if not isinstance(queue, Queue):
         raise OptionError("queue", queue, "a triojobs.Queue")
+    if isinstance(job.payload, NewJob):
+        raise OptionError("payload", job.payload, "a payload (a NewJob goes into enqueue_many)")
     if job.delay is not None and job.run_at is not None:
         raise OptionError("run_at", job.run_at, "None when delay is given")
     if job.on_conflict not in ("raise", "return", "replace"):
@@ -202,7 +207,10 @@ def _hold(job: NewJob[Any]) -> tuple[str, float | None]:
 def _aware(field: str, value: object) -> dt.datetime:
     if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
         raise OptionError(field, value, "an aware datetime (with a time zone)")
-    return value.astimezone(dt.UTC)
+    try:
+        return value.astimezone(dt.UTC)
+    except OverflowError:
+        raise OptionError(field, value, "between the years 1 and 9999 in UTC") from None
 
 
 def _metadata(value: Mapping[str, Any] | None) -> str:
@@ -216,7 +224,6 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as exc:
         raise OptionError("metadata", value, f"{limit} ({exc})") from exc
-    # jsonb cannot hold NUL, which JSON writes as an escape.
-    if size > METADATA_LIMIT or "\\u0000" in text:
+    if size > METADATA_LIMIT or NUL_ESCAPE.search(text):
         raise OptionError("metadata", value, f"{limit} (it has {size} bytes)")
     return text
