@@ -51,16 +51,14 @@ def function(name: str, *changes: tuple[str, str]) -> Patch:
     return apply
 
 
-def where_tables_are_read_whole(mutate: Patch) -> Patch:
-    """A mutant on sessions that read small tables whole: our own read by id, which hides a missing order."""
+def with_settings(mutate: Patch, **settings: str) -> Patch:
+    """A mutant on sessions that plan otherwise than ours, whose plans happen to hide a missing order."""
 
     def apply(patch: pytest.MonkeyPatch, db: Connection) -> None:
-        patch.setattr(
-            session,
-            "PREPARE",
-            changed(session.PREPARE, ("('enable_seqscan', 'off')", "('enable_seqscan', 'on')")),
-        )
-        db.execute("SET enable_seqscan = on")
+        values = "".join(f", ('{name}', '{value}')" for name, value in settings.items())
+        ours = "('enable_seqscan', 'off')"
+        more = values.removeprefix(", ") if "enable_seqscan" in settings else ours + values
+        patch.setattr(session, "PREPARE", changed(session.PREPARE, (ours, more)))
         mutate(patch, db)
 
     return apply
@@ -178,17 +176,17 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
         transition(transitions.test_rescue_finds_leases_under_a_closed_or_missing_group, "closed"),
     ),
     "a settle does not lock its group": (
-        template(settle_sql, "SETTLE", (" FOR KEY SHARE", "")),
+        with_settings(template(settle_sql, "SETTLE", (" FOR KEY SHARE", "")), enable_seqscan="on"),
         SETTLE_AND_CLOSE,
     ),
     "a settle does not refer to the lock on its group": (
-        where_tables_are_read_whole(
-            template(settle_sql, "SETTLE", ("      AND EXISTS (SELECT FROM me)\n", ""))
+        with_settings(
+            template(settle_sql, "SETTLE", ("      AND EXISTS (SELECT FROM me)\n", "")), enable_seqscan="on"
         ),
         SETTLE_AND_CLOSE,
     ),
     "a settle locks leases as its batch comes": (
-        where_tables_are_read_whole(batches_as_they_come),
+        with_settings(batches_as_they_come, enable_mergejoin="off", enable_hashjoin="off"),
         race(races.test_two_settles_of_the_same_claims_lock_them_in_one_order),
     ),
     "a settle does not look at the claim": (

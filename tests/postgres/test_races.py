@@ -286,6 +286,7 @@ def test_a_rescue_does_not_wait_for_another_one(connect: Connect, db: Connection
 
 def two_leases_against_their_order(db: Connection, group: Group) -> tuple[int, int]:
     """Lease two jobs so that the one with the greater id comes first in the table."""
+    db.execute("TRUNCATE triojobs.leases")  # no free space of earlier rows to fall into
     low = put_one(db, priority=0)
     high = put_one(db, priority=9)
     assert [c.job_id for c in group.claim(db, 1) + group.claim(db, 1)] == [high, low]
@@ -304,9 +305,15 @@ def run_into_each_other(
     for job_id, gate in gates.items():
         gate.execute("BEGIN")
         gate.execute("SELECT FROM triojobs.leases WHERE id = %s FOR UPDATE", [job_id])
-    one: Running[object] = blocked(db, connect(), first)
+    ahead = connect()
+    one: Running[object] = blocked(db, ahead, first)
     two: Running[object] = blocked(db, connect(), second)
     gates[low].execute("COMMIT")
+    # Until it stands before the high lease: a gate opened earlier would let it barge through both.
+    moved_on = "SELECT pg_blocking_pids(%s) && %s::int[] OR pg_blocking_pids(%s) = '{}'"
+    pid, gate = ahead.info.backend_pid, gates[low].info.backend_pid
+    while not one.ended and db.execute(moved_on, [pid, [gate], pid]).fetchone() == (True,):
+        pass
     gates[high].execute("COMMIT")
     one.result()
     two.result()
