@@ -22,17 +22,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import outcome
 import psycopg
 import trio
 
-from ._errors import DatabaseError, TriojobsError
+from ._errors import TriojobsError
 from ._sql import failures
 from ._sql.failures import RECONNECT, RETRY, translate
 
-__all__ = ["Breaker", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
+__all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
 
 T = TypeVar("T")
 log = logging.getLogger("triojobs.bridge")
@@ -75,19 +76,30 @@ async def run_in_thread(fn: Callable[[], T], limiter: trio.CapacityLimiter) -> T
     return await trio.to_thread.run_sync(fn, limiter=limiter, abandon_on_cancel=False)
 
 
+class BrokenOff(Exception):
+    """The job was cancelled before its work began."""
+
+
 class Call:
     """One blocking call in flight, as the breaker sees it.
 
-    `guarded` is False while the user's own work runs: only a cancel of the job breaks that, and
-    says `abandoned`.
+    `guarded` is False while the user's own work runs: only a cancel of the job breaks that. `unwanted`
+    remembers a cancel that came while it was guarded. No extension goes beyond `latest`.
     """
 
-    def __init__(self, conn: psycopg.Connection[Any], deadline: float, timeout: float) -> None:
+    def __init__(
+        self,
+        conn: psycopg.Connection[Any],
+        deadline: float,
+        timeout: float,
+        latest: float = float("inf"),
+    ) -> None:
         self.conn = conn
         self.deadline = deadline
         self.timeout = timeout
+        self.latest = latest
         self.guarded = True
-        self.abandoned = False
+        self.unwanted = False
         self.breaking = False
         self.done = False
         self.lock = threading.Lock()
@@ -96,12 +108,18 @@ class Call:
 
     def extend(self) -> None:
         """Give the next statement of a long call a deadline of its own."""
-        self.deadline = clock() + self.timeout
+        self.deadline = min(clock() + self.timeout, self.latest)
 
     @contextlib.contextmanager
     def unguarded(self) -> Iterator[None]:
-        """Lift the deadline while the user's own work runs; only a cancel breaks it off."""
+        """Lift the deadline while the user's own work runs; only a cancel breaks it off.
+
+        Raises:
+            BrokenOff: the cancel was there first.
+        """
         with self.lock:
+            if self.unwanted:
+                raise BrokenOff
             self.guarded = False
         try:
             yield
@@ -181,10 +199,11 @@ class Breaker:
                 self._calls.discard(call)
 
     def break_off(self, call: Call) -> None:
-        """Break a call off now: the job that it works for was cancelled."""
+        """Break a call off now, or before its work begins: the job that it works for was cancelled."""
         with self._changed, call.lock:
+            call.unwanted = True
             if not call.done and not call.guarded:
-                call.guarded = call.abandoned = True
+                call.guarded = True
                 call.deadline = clock()
                 self._changed.notify()
 
@@ -193,8 +212,9 @@ class Breaker:
         with self._changed:
             now = clock()
             for call in self._calls:
+                call.latest = min(call.latest, now + _usable(deadline - now))
                 if call.guarded and not call.breaking:
-                    call.deadline = min(call.deadline, now + _usable(deadline - now))
+                    call.deadline = min(call.deadline, call.latest)
             self._changed.notify()
 
     def close(self) -> None:
@@ -224,7 +244,7 @@ class Breaker:
             return
         call.breaking = True
         call.deadline = now + CANCEL_WAIT
-        if call.abandoned:
+        if call.unwanted:
             log.debug("the work of a cancelled job is broken off", extra={"event": "work_broken_off"})
         else:
             log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
@@ -274,6 +294,7 @@ class Line:
         self._pooled = pooled
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
+        self._closed = False
         self._pid = os.getpid()
 
     async def run(self, operation: str, fn: Callable[[Call], T], *, deadline: float | None = None) -> T:
@@ -309,38 +330,54 @@ class Line:
         return conn
 
     async def run_breakable(self, operation: str, fn: Callable[[Call], T]) -> T:
-        """Run `fn`, breaking it off when the caller is cancelled while `call.guarded` is False.
+        """Run `fn` once, breaking it off when the caller is cancelled while `call.guarded` is False.
 
-        A value that comes back in spite of a cancel is returned: its commit has happened.
+        A value that comes back in spite of a cancel is returned: its commit has happened. An error that
+        comes back may be the cancel's doing: the caller decides.
         """
         calls: list[Call] = []
+        cancelled = False
         finished, watched = trio.Event(), trio.Event()
 
         def in_thread(call: Call) -> T:
             calls.append(call)
+            if cancelled:  # set before the list is read, so that one of the two sees the other
+                self._breaker.break_off(call)
             return fn(call)
 
         async def watch() -> None:
+            nonlocal cancelled
             try:
                 await finished.wait()
             except trio.Cancelled:
                 # Not swallowed: the caller stands in the same scope and meets it at its next checkpoint.
-                for call in calls:
+                cancelled = True
+                for call in list(calls):
                     self._breaker.break_off(call)
             finally:
                 watched.set()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
-            result = await outcome.acapture(self.run, operation, in_thread)
+            result = await outcome.acapture(self._run_once, operation, in_thread)
             finished.set()
             with trio.CancelScope(shield=True):
                 await watched.wait()
-        if isinstance(result, outcome.Error) and isinstance(result.error, DatabaseError):
-            await trio.lowlevel.checkpoint_if_cancelled()  # the cancel is why it failed
         return result.unwrap()
 
-    def call(self, operation: str, fn: Callable[[Call], T], deadline: float | None = None) -> T:
+    async def _run_once(self, operation: str, fn: Callable[[Call], T]) -> T:
+        return await trio.to_thread.run_sync(
+            partial(self.call, operation, fn, retries=0), limiter=self._limiter, abandon_on_cancel=False
+        )
+
+    def call(
+        self,
+        operation: str,
+        fn: Callable[[Call], T],
+        deadline: float | None = None,
+        *,
+        retries: int = RETRIES,
+    ) -> T:
         """Run `fn` in this thread. See `run`."""
         if os.getpid() != self._pid:
             raise TriojobsError(
@@ -350,30 +387,38 @@ class Line:
             )
         now = clock()
         limit = now + self._call_timeout
+        latest = float("inf")
         if deadline is not None:
-            limit = min(limit, now + _usable(deadline - now))
+            latest = now + _usable(deadline - now)
+            limit = min(limit, latest)
         conn = self._take(operation, limit)
         try:
-            result = self._attempts(operation, fn, conn, limit)
-        except BaseException:
-            if conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+            return self._attempts(operation, fn, conn, limit, latest, retries)
+        finally:
+            if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
                 conn.close()
             else:
                 self._idle.append(conn)
-            raise
-        self._idle.append(conn)
-        return result
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the connections: idle ones now, others after their call."""
+        self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            conn = self._idle.pop()
+            if os.getpid() == self._pid:  # a forked child would say goodbye in its parent's name
+                conn.close()
 
     def _attempts(
-        self, operation: str, fn: Callable[[Call], T], conn: psycopg.Connection[Any], limit: float
+        self,
+        operation: str,
+        fn: Callable[[Call], T],
+        conn: psycopg.Connection[Any],
+        limit: float,
+        latest: float,
+        retries: int,
     ) -> T:
-        for attempt in range(RETRIES + 1):
-            call = Call(conn, limit, self._call_timeout)
+        for attempt in range(retries + 1):
+            call = Call(conn, limit, self._call_timeout, latest)
             try:
                 with self._breaker.watch(call):
                     result = self._in_transaction(call, fn) if self._pooled else fn(call)
@@ -383,7 +428,7 @@ class Line:
                 if exc.sqlstate in RECONNECT:
                     conn.close()
                 pause = random.uniform(0.01, 0.1)
-                if exc.sqlstate in RETRY and attempt < RETRIES and clock() + pause < limit:
+                if exc.sqlstate in RETRY and attempt < retries and clock() + pause < limit:
                     time.sleep(pause)
                     continue
                 raise translate(exc, operation=operation) from exc

@@ -5,8 +5,18 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any, Final, ParamSpec, TypeVar, overload
 
 import trio
@@ -15,6 +25,8 @@ from ._bridge import check_cancelled, on_loop
 from ._codec import decode_plain
 from ._errors import (
     CodecError,
+    DatabaseError,
+    DuplicateJobError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
@@ -35,6 +47,9 @@ ResultT = TypeVar("ResultT")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+log = logging.getLogger("triojobs.client")
+
+ENCODED_AT_ONCE: Final = 500  # payloads between two checkpoints of a large call: about a millisecond
 FIRST_LOOK: Final = 0.02  # seconds before a waiter looks again; grows while nothing ends
 LAST_LOOK: Final = 1.0  # seconds; the price of not being told: at most this much later
 REASON_LIMIT: Final = 8 * 1024
@@ -205,13 +220,20 @@ class Client:
         """Like `enqueue_many`, but tell for each item whether it was created or replaced."""
         return await self._enqueue_rows(queue, payloads)
 
-    async def _enqueue_rows(self, queue: Queue[Any, Any], items: Iterable[Any]) -> list[Enqueued]:
+    async def _enqueue_rows(
+        self, queue: Queue[Any, Any], items: Iterable[Any], *, first: int = 0
+    ) -> list[Enqueued]:
         self._check_open()
-        rows = rows_of(queue, items)
+        rows: list[NewRow] = []
+        for index, item in enumerate(items, first):
+            if len(rows) % ENCODED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            rows.append(row_of(queue, item, index))
         if not rows:
             await trio.lowlevel.checkpoint()
             return []
-        return await self._store.enqueue(rows)
+        with naming_items(first):
+            return await self._store.enqueue(rows)
 
     @async_side(FROM_THREAD)
     async def enqueue_stream(
@@ -236,13 +258,16 @@ class Client:
             async for item in payloads:
                 gathered.append(item)
                 if len(gathered) == chunk:
-                    done += len(await self._enqueue_rows(queue, gathered))
+                    done += len(await self._enqueue_rows(queue, gathered, first=done))
                     gathered.clear()
-            done += len(await self._enqueue_rows(queue, gathered))
+            done += len(await self._enqueue_rows(queue, gathered, first=done))
         except Exception as exc:
             exc.add_note(f"{done} item(s) of the stream were committed before")
             exc.enqueued = done  # type: ignore[attr-defined]  # for programs; the note is for people
             raise
+        finally:
+            if inspect.isasyncgen(payloads):  # nobody else can end one that an error left in the middle
+                await payloads.aclose()
         return done
 
     def enqueue_from_thread(
@@ -330,18 +355,19 @@ class Client:
 
         Cancellation: at any time, the job is not touched; set a limit with `trio.fail_after`.
         """
-        async with self.as_completed([job_id], queue) as completions:
-            async for info in completions:
-                return result_of(info)
-        raise AssertionError  # one id gives one completion, or JobNotFoundError
+        self._check_open()
+        async with aclosing(self._ends([checked_job_id(job_id)])) as ends:
+            async for raw in ends:
+                return result_of(raw, queue)
+        raise AssertionError  # one id gives one end, or JobNotFoundError
 
-    @asynccontextmanager
-    async def as_completed(
-        self, job_ids: Iterable[int], queue: Queue[Any, Any] | None = None
-    ) -> AsyncIterator[AsyncIterator[JobInfo[Any]]]:
+    def as_completed(
+        self, job_ids: Iterable[int], queue: Queue[PayloadT, Any] | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[JobInfo[PayloadT]]]:
         """Iterate over jobs as they end: `async with client.as_completed(ids) as done: async for info in done`.
 
-        An id given twice comes once. Database errors that may heal are waited out.
+        An id given twice comes once. Jobs that have ended already come first, in the order in which
+        they ended. Database errors that may heal are waited out.
 
         Raises:
             JobNotFoundError: an id is unknown.
@@ -350,32 +376,39 @@ class Client:
             raise wrong_side("as_completed", IN_TRIO)
         self._check_open()
         wanted = dict.fromkeys(checked_job_id(job_id) for job_id in job_ids)
-        completions = self._completions(list(wanted), queue)
-        try:
-            yield completions
-        finally:
-            await completions.aclose()  # type: ignore[attr-defined]  # it is a generator
+        return self._as_completed(list(wanted), queue)
 
-    async def _completions(
-        self, waiting: list[int], queue: Queue[Any, Any] | None
-    ) -> AsyncIterator[JobInfo[Any]]:
+    @asynccontextmanager
+    async def _as_completed(
+        self, wanted: list[int], queue: Queue[Any, Any] | None
+    ) -> AsyncIterator[AsyncIterator[JobInfo[Any]]]:
+        async def completions() -> AsyncGenerator[JobInfo[Any], None]:
+            async with aclosing(self._ends(wanted)) as ends:
+                async for raw in ends:
+                    yield info_of(raw, queue)
+
+        async with aclosing(completions()) as infos:
+            yield infos
+
+    async def _ends(self, waiting: list[int]) -> AsyncGenerator[RawJob, None]:
         look = FIRST_LOOK
         while waiting:
             self._check_open()
-            ended = set(await self._store.ended(waiting))
-            if ended:
-                found = {raw.id: raw for raw in await self._store.read_jobs(sorted(ended))}
+            try:
+                ended = await self._store.ended(waiting)
+                raws = await self._store.read_jobs(ended) if ended else []
+            except DatabaseError as exc:
+                if not exc.transient:
+                    raise
+                log.warning("%s", exc, extra={"event": "wait_failed"})
+                ended, raws = [], []
+            for raw in completed(ended, raws):
+                waiting.remove(raw.id)
                 look = FIRST_LOOK
-                for job_id in [i for i in waiting if i in ended]:
-                    if job_id not in found:
-                        raise JobNotFoundError(job_id, operation="waiting for jobs")
-                    info = info_of(found[job_id], queue)
-                    if info.status.ended:  # else it was retried in between
-                        waiting.remove(job_id)
-                        yield info
-                continue
-            await trio.sleep(look)
-            look = min(LAST_LOOK, look * 1.5)
+                yield raw
+            if waiting:
+                await trio.sleep(look)
+                look = min(LAST_LOOK, look * 1.5)
 
     @async_side(IN_TRIO)
     async def cancel(self, job_id: int, *, reason: str = "cancelled") -> bool:
@@ -393,20 +426,47 @@ class Client:
 
 
 def checked_job_id(value: object) -> int:
-    """Return an id that fits a bigint, or raise OptionError."""
-    return checked_count("job_id", value, most=2**63 - 1)
+    """Return an id that fits a bigint, or raise OptionError. What no job can have is merely not found."""
+    return checked_count("job_id", value, least=-(2**63), most=2**63 - 1)
 
 
 def rows_of(queue: Queue[Any, Any], items: Iterable[Any]) -> list[NewRow]:
     """Validate and encode all items before anything is sent; errors name the item."""
-    rows = []
-    for index, item in enumerate(items):
-        try:
-            rows.append(new_row(queue, item if isinstance(item, NewJob) else NewJob(item)))
-        except OptionError as exc:
-            exc.add_note(f"item {index} of the call")
-            raise
-    return rows
+    return [row_of(queue, item, index) for index, item in enumerate(items)]
+
+
+def row_of(queue: Queue[Any, Any], item: Any, index: int) -> NewRow:
+    """Validate and encode one item of a call; errors name it."""
+    try:
+        return new_row(queue, item if isinstance(item, NewJob) else NewJob(item))
+    except OptionError as exc:
+        exc.add_note(f"item {index} of the call")
+        raise
+
+
+@contextmanager
+def naming_items(first: int = 0) -> Iterator[None]:
+    """Have a DuplicateJobError say which item it is, also when the call has but one."""
+    try:
+        yield
+    except DuplicateJobError as exc:
+        index = first + (exc.index or 0)
+        raise DuplicateJobError(queue=exc.queue, key=exc.key, job_id=exc.job_id, index=index) from None
+
+
+def completed(ended: Iterable[int], raws: Iterable[RawJob]) -> list[RawJob]:
+    """Return the jobs that have ended, in the order in which they did.
+
+    Raises:
+        JobNotFoundError: a job of `ended` does not exist.
+    """
+    found = {raw.id: raw for raw in raws}
+    for job_id in ended:
+        if job_id not in found:
+            raise JobNotFoundError(job_id, operation="waiting for jobs")
+    # One that was retried in between has not ended.
+    done = [raw for raw in found.values() if JobStatus(raw.status).ended and raw.finished_at is not None]
+    return sorted(done, key=lambda raw: (raw.finished_at, raw.id))
 
 
 def info_of(raw: RawJob, queue: Queue[Any, Any] | None) -> JobInfo[Any]:
@@ -416,9 +476,7 @@ def info_of(raw: RawJob, queue: Queue[Any, Any] | None) -> JobInfo[Any]:
         if queue.name != raw.queue:
             raise OptionError("queue", queue.name, f"the queue of job {raw.id}: {raw.queue!r}")
         payload = queue.decode_payload(raw.payload, raw.encoding)
-        result = (
-            None if raw.result is None else queue.decode_result(raw.result, raw.result_encoding or "cbor")
-        )
+        result = _result(raw, queue)
     else:
         payload = _plain(raw.payload, raw.encoding)
         result = _plain(raw.result, raw.result_encoding)
@@ -445,13 +503,19 @@ def info_of(raw: RawJob, queue: Queue[Any, Any] | None) -> JobInfo[Any]:
     )
 
 
-def result_of(info: JobInfo[Any]) -> Any:
-    """Return a finished job's result, or raise what became of it."""
-    if info.status is JobStatus.KILLED:
-        raise JobFailedError(info.id, attempts=info.attempts, error=info.error)
-    if info.status is JobStatus.CANCELLED:
-        raise JobCancelledError(info.id, attempts=info.attempts, reason=info.error)
-    return info.result
+def result_of(raw: RawJob, queue: Queue[Any, Any] | None) -> Any:
+    """Return an ended job's result, or raise what became of it. Its payload is not looked at."""
+    if queue is not None and queue.name != raw.queue:
+        raise OptionError("queue", queue.name, f"the queue of job {raw.id}: {raw.queue!r}")
+    if raw.status == JobStatus.KILLED:
+        raise JobFailedError(raw.id, attempts=raw.attempts, error=raw.last_error)
+    if raw.status == JobStatus.CANCELLED:
+        raise JobCancelledError(raw.id, attempts=raw.attempts, reason=raw.last_error)
+    return _plain(raw.result, raw.result_encoding) if queue is None else _result(raw, queue)
+
+
+def _result(raw: RawJob, queue: Queue[Any, Any]) -> Any:
+    return None if raw.result is None else queue.decode_result(raw.result, raw.result_encoding or "cbor")
 
 
 def _plain(data: bytes | None, encoding: str | None) -> Any:

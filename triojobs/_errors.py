@@ -7,7 +7,7 @@ errors and do not end in `Error`.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 __all__ = [
     "CodecError",
@@ -63,6 +63,16 @@ class TriojobsError(Exception):
         self.hint = hint
         text = f"while {operation}: {what}" if operation else what
         super().__init__(f"{text}; {hint}" if hint else text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is copied by calling its class with the finished text alone.
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[TriojobsError], args: tuple[Any, ...], state: dict[str, Any]) -> TriojobsError:
+    exc = kind.__new__(kind, *args)
+    exc.__dict__.update(state)
+    return exc
 
 
 class OptionError(TriojobsError, ValueError):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import trio
+
+from ._errors import OptionError, TriojobsError
 from ._model import Claim, Fence
 
 if TYPE_CHECKING:
@@ -113,12 +117,13 @@ class Job(Generic[PayloadT]):
         """Why somebody asked to cancel this job while it runs, or None."""
         return self._port.cancel_reason(self._claim)
 
-    async def commit(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
+    def commit(self, work: Callable[[psycopg.Connection[Any]], T]) -> Awaitable[T]:
         """Run `work(conn)` in a thread and commit its writes together with this job's completion.
 
         One transaction, fenced by this claim: if the job has moved on, nothing is written. What
         `work` returns is the job's result; what the handler does afterwards changes nothing.
-        `work` must not commit or roll back; it may enqueue with `enqueue_on(conn, …)`.
+        `work` is called at most once, must not commit or roll back (savepoints with
+        `conn.transaction()` are fine), and may enqueue with `enqueue_on(conn, …)`.
 
         Returns:
             What `work` returned.
@@ -131,14 +136,25 @@ class Job(Generic[PayloadT]):
         Cancellation: while it waits for a connection, nothing has happened; while `work` runs, its
         statement is cancelled and everything is rolled back; once the commit has happened it wins.
         """
-        return await self._port.commit_work(self._claim, work, completing=True)
+        return self._commit_work("commit", work, completing=True)
 
-    async def transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
+    def transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> Awaitable[T]:
         """Run `work(conn)` in a thread and commit its writes, if this claim still owns the job.
 
         Like `commit`, but the job goes on: the writes survive a later failure of the handler.
         """
-        return await self._port.commit_work(self._claim, work, completing=False)
+        return self._commit_work("transact", work, completing=False)
+
+    def _commit_work(self, method: str, work: Callable[[Any], T], *, completing: bool) -> Awaitable[T]:
+        if not trio.lowlevel.in_trio_task():
+            raise TriojobsError(
+                f"job.{method} was called from the wrong place",
+                operation="calling triojobs",
+                hint="call it from the handler's task; in a thread use a connection of your own",
+            )
+        if not callable(work) or inspect.iscoroutinefunction(work):
+            raise OptionError("work", work, "a synchronous function of one psycopg connection")
+        return self._port.commit_work(self._claim, work, completing=completing)
 
 
 def _utc(seconds: float) -> dt.datetime:

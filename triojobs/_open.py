@@ -147,7 +147,9 @@ class ClientContext:
         return swallowed
 
     def _close(self) -> None:
-        self._flusher.close(deadline=self._store.now() + self._close_timeout)
+        deadline = self._store.now() + self._close_timeout
+        self._store.hurry(deadline)
+        self._flusher.close(deadline=deadline)
 
     @trio.lowlevel.enable_ki_protection
     async def _close_when_cancelled(self) -> None:

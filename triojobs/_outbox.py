@@ -10,12 +10,12 @@ import datetime as dt
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ._client import rows_of
+from ._client import naming_items, rows_of
 from ._errors import OptionError
 from ._model import Enqueued, KeyUntil, NewRow, OnConflict
 from ._options import DEFAULT_SCHEMA, checked_schema
 from ._postgres import enqueue_on_connection, is_connection
-from ._queue import NewJob, Queue
+from ._queue import NewJob, Queue, new_row
 
 if TYPE_CHECKING:
     import psycopg
@@ -75,7 +75,7 @@ def enqueue_on(
         job_id=job_id,
         on_conflict=on_conflict,
     )
-    return _enqueue(conn, queue, [new], schema)[0].id
+    return _enqueue(conn, [new_row(queue, new)], schema)[0].id
 
 
 def try_enqueue_on(
@@ -111,7 +111,7 @@ def try_enqueue_on(
         job_id=job_id,
         on_conflict=on_conflict,
     )
-    return _enqueue(conn, queue, [new], schema)[0]
+    return _enqueue(conn, [new_row(queue, new)], schema)[0]
 
 
 def enqueue_many_on(
@@ -122,7 +122,8 @@ def enqueue_many_on(
     schema: str = DEFAULT_SCHEMA,
 ) -> list[int]:
     """Enqueue jobs in the caller's transaction; ids in the order given. See `enqueue_on`."""
-    return [entry.id for entry in _enqueue(conn, queue, payloads, schema)]
+    with naming_items():
+        return [entry.id for entry in _enqueue(conn, rows_of(queue, payloads), schema)]
 
 
 def try_enqueue_many_on(
@@ -133,18 +134,14 @@ def try_enqueue_many_on(
     schema: str = DEFAULT_SCHEMA,
 ) -> list[Enqueued]:
     """Like `enqueue_many_on`, but tell for each item whether it was created or replaced."""
-    return _enqueue(conn, queue, payloads, schema)
+    with naming_items():
+        return _enqueue(conn, rows_of(queue, payloads), schema)
 
 
-def _enqueue(
-    conn: psycopg.Connection[Any] | Transaction, queue: Queue[Any, Any], items: Iterable[Any], schema: str
-) -> list[Enqueued]:
+def _enqueue(conn: psycopg.Connection[Any] | Transaction, rows: list[NewRow], schema: str) -> list[Enqueued]:
     checked_schema(schema)
-    rows = rows_of(queue, items)
-    if not rows:
-        return []
     if is_connection(conn):
-        return enqueue_on_connection(conn, schema, rows)  # type: ignore[arg-type]  # just checked
+        return enqueue_on_connection(conn, schema, rows) if rows else []  # type: ignore[arg-type]
     if hasattr(conn, "enqueue_rows"):
         return conn.enqueue_rows(rows)
     raise OptionError("conn", conn, "a synchronous psycopg.Connection")

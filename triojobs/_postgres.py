@@ -12,9 +12,11 @@ from typing import Any, Final, TypeVar, cast
 
 import psycopg
 import trio
+from psycopg.rows import tuple_row
 
-from ._bridge import Breaker, Call, Line, check_cancelled, clock, run_in_thread
-from ._errors import DatabaseError, StaleClaimError, TriojobsError
+from ._backoff import reconnect_delay
+from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, clock, run_in_thread
+from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
@@ -33,6 +35,7 @@ log = logging.getLogger("triojobs.postgres")
 
 PARTITION_INTERVAL: Final = 60.0  # seconds between looks whether new id ranges are needed
 LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
+UNKNOWN: Final = "unknown"  # the answer when that could not be found out
 CLIENT_CONNECTIONS: Final = 2  # one for the flusher's shared commits, one for reads and bulk
 
 
@@ -251,22 +254,46 @@ class PostgresStore:
         attempt = CommitAttempt(self.schema, claim, work, encode, committed)
         try:
             return cast(T, await self._job_line.run_breakable(f"committing job {claim.job_id}", attempt.run))
+        except BrokenOff:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise
         except DatabaseError as exc:
-            if exc.committed is not None or encode is None:
+            if not attempt.fenced:
+                exc.committed = False  # COMMIT was never sent
+            if exc.committed is None and encode is not None:
+                # The reply to COMMIT is lost: look for this claim's outcome before anybody is told.
+                status = await self._outcome_of(attempt)
+                if status == "done":
+                    return cast(T, attempt.value)
+                if status not in (None, UNKNOWN):
+                    raise StaleClaimError(claim.job_id, operation="committing") from exc
+                if status is None:
+                    exc.committed = False
+            await trio.lowlevel.checkpoint_if_cancelled()  # it failed because it was broken off
+            if attempt.failure is None:
                 raise
-            # The reply to COMMIT is lost: look for this claim's outcome before anybody is told.
-            with trio.CancelScope(shield=True):
-                status = await self._job_line.run(
-                    f"looking for the outcome of job {claim.job_id}",
-                    attempt.look,
-                    deadline=clock() + LOOK_TIME,
-                )
-            if status is None:
-                exc.committed = False
-                raise
-            if status != "done":
-                raise StaleClaimError(claim.job_id, operation="committing") from exc
-            return cast(T, attempt.value())
+        raise attempt.failure  # what `work` raised, as it was raised
+
+    async def _outcome_of(self, attempt: CommitAttempt) -> str | None:
+        """Find out how this claim ended: a status, None for not at all, UNKNOWN when nobody answers."""
+        deadline = clock() + LOOK_TIME
+        failures = 0
+        with trio.CancelScope(shield=True):
+            while True:
+                try:
+                    return await self._settle_line.run(
+                        f"looking for the outcome of job {attempt.claim.job_id}",
+                        attempt.look,
+                        deadline=deadline,
+                    )
+                except DatabaseError as exc:
+                    log.warning("%s", exc, extra={"event": "look_failed"})
+                    failures += 1
+                    pause = reconnect_delay(failures, random.random)
+                    if not exc.transient or clock() + pause >= deadline:
+                        return UNKNOWN
+                    await trio.sleep(pause)
+        raise AssertionError  # a shield swallows nothing
 
     async def idle(self, queues: Collection[str]) -> bool:
         return await self._client_line.run(
@@ -285,6 +312,7 @@ class PostgresStore:
                 answers = enqueue_sql.enqueue(
                     call.conn, self.schema, rows, notify_inside=False, between_chunks=between_chunks
                 )
+                call.extend()
             self.notify_later(call, {row.queue for row in rows})
             return [a for a in answers if isinstance(a, Enqueued)]  # a taken key has raised
 
@@ -296,12 +324,19 @@ class PostgresStore:
         def work(call: Call) -> list[Enqueued | BaseException]:
             with call.conn.transaction():
                 answers = enqueue_sql.enqueue(
-                    call.conn, self.schema, rows, notify_inside=False, answer_each=True
+                    call.conn,
+                    self.schema,
+                    rows,
+                    notify_inside=False,
+                    between_chunks=call.extend,
+                    answer_each=True,
                 )
             self.notify_later(call, {row.queue for row in rows})
             return list(answers)
 
         async def alone(row: NewRow) -> Enqueued | BaseException:
+            if deadline is not None and clock() >= deadline:
+                return DatabaseError("it was not begun in time", operation="enqueueing", transient=True)
             try:
                 return (await self.enqueue([row], deadline=deadline))[0]
             except TriojobsError as exc:
@@ -312,7 +347,9 @@ class PostgresStore:
         try:
             return await self._client_line.run(f"enqueueing {len(rows)} job(s)", work, deadline=deadline)
         except TriojobsError as exc:
-            if isinstance(exc, DatabaseError) and (exc.committed is None or exc.transient):
+            if isinstance(exc, SchemaError) or (
+                isinstance(exc, DatabaseError) and (exc.committed is None or exc.transient)
+            ):
                 return [exc] * len(rows)
             return [await alone(row) for row in rows]  # one row's content is refused: which one?
 
@@ -353,20 +390,20 @@ class CommitAttempt:
         encode: Callable[[Any], tuple[bytes, str]] | None,
         committed: Callable[[], None],
     ) -> None:
+        self.claim = claim
+        self.value: Any = None
+        self.fenced = False
+        self.failure: BaseException | None = None
         self._schema = schema
-        self._claim = claim
         self._work = work
         self._encode = encode
         self._committed = committed
-        self._value: Any = None
 
     def run(self, call: Call) -> Any:
-        claim = self._claim
+        claim = self.claim
         job_id, group_id, claim_no = claim.job_id, claim.group_id, claim.claim_no
         with call.conn.transaction():
-            with call.unguarded():
-                self._value = self._work(call.conn)
-                data = None if self._encode is None else self._encode(self._value)
+            data = self._do_work(call)
             if data is None:
                 held = settle.hold_lease(
                     call.conn, self._schema, job_id=job_id, group_id=group_id, claim_no=claim_no
@@ -382,22 +419,41 @@ class CommitAttempt:
                     encoding=data[1],
                 )
             if not held:
-                raise StaleClaimError(claim.job_id, operation="committing")
-        if data is not None:
-            self._committed()
-        return self._value
+                raise StaleClaimError(
+                    claim.job_id, operation="transacting" if self._encode is None else "committing"
+                )
+            self.fenced = True
+            if data is not None:
+                call.on_commit(self._committed)
+        return self.value
+
+    def _do_work(self, call: Call) -> tuple[bytes, str] | None:
+        conn = call.conn
+        with call.unguarded():
+            try:
+                self.value = self._work(conn)
+            except BaseException as exc:
+                self.failure = exc
+                raise
+            finally:
+                # The next job finds the connection as we opened it.
+                conn.row_factory, conn.cursor_factory = tuple_row, psycopg.Cursor
+            if conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+                raise TriojobsError(
+                    f"the work of job {self.claim.job_id} ended the transaction itself",
+                    operation="committing",
+                    hint="leave COMMIT and ROLLBACK to Job.commit and Job.transact",
+                )
+            return None if self._encode is None else self._encode(self.value)
 
     def look(self, call: Call) -> str | None:
-        claim = self._claim
+        claim = self.claim
         status = settle.outcome_of_claim(
             call.conn, self._schema, job_id=claim.job_id, group_id=claim.group_id, claim_no=claim.claim_no
         )
         if status == "done":
             self._committed()
         return status
-
-    def value(self) -> Any:
-        return self._value
 
 
 class BeatControl:
@@ -520,13 +576,21 @@ def enqueue_on_connection(
     A connection without autocommit that is idle begins its transaction here, as its first statement
     would; with autocommit the call is a transaction of its own.
     """
-    if not conn.autocommit and conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-        conn.execute("SELECT")
+    if conn.pgconn.pipeline_status and not conn.closed:
+        with conn.pipeline():
+            pass  # a synchronization point, so that the status below is the present one
+    begun = not conn.autocommit or conn.pgconn.transaction_status != IDLE
+    sent = not conn.closed
     try:
+        if not conn.autocommit and conn.pgconn.transaction_status == IDLE:
+            conn.execute("SELECT")
         with conn.transaction():  # a savepoint inside the caller's transaction
             answers = enqueue_sql.enqueue(conn, schema, rows, notify_inside=True)
     except psycopg.Error as exc:
-        raise translate(exc, operation=f"enqueueing {len(rows)} job(s)") from exc
+        error = translate(exc, operation=f"enqueueing {len(rows)} job(s)")
+        if begun or not sent:
+            error.committed = False  # the COMMIT is the caller's
+        raise error from exc
     return [a for a in answers if isinstance(a, Enqueued)]
 
 

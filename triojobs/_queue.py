@@ -211,6 +211,8 @@ def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
     """
     if not isinstance(queue, Queue):
         raise OptionError("queue", queue, "a triojobs.Queue")
+    if isinstance(job.payload, NewJob):
+        raise OptionError("payload", job.payload, "a payload (a NewJob goes into enqueue_many)")
     if job.delay is not None and job.run_at is not None:
         raise OptionError("run_at", job.run_at, "None when delay is given")
     if job.on_conflict not in ("raise", "return", "replace"):

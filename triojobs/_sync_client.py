@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -16,21 +17,24 @@ from ._client import (
     LAST_LOOK,
     REASON_LIMIT,
     checked_job_id,
+    completed,
     info_of,
+    naming_items,
     result_of,
     rows_of,
     wrong_side,
 )
-from ._errors import JobNotFoundError, checked_seconds
+from ._errors import DatabaseError, checked_seconds
 from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
 from ._options import DEFAULT_SCHEMA, checked_schema, checked_text
 from ._postgres import SyncStore
-from ._queue import NewJob, Queue
+from ._queue import NewJob, Queue, new_row
 
 __all__ = ["SyncClient"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
+log = logging.getLogger("triojobs.client")
 
 
 class SyncClient:
@@ -62,7 +66,7 @@ class SyncClient:
         self._closed = False
 
     def __enter__(self) -> SyncClient:
-        self._check("SyncClient", "open_client")
+        self._check("SyncClient", "async with open_client(…)")
         try:
             self._store.check()
         except BaseException:
@@ -83,7 +87,7 @@ class SyncClient:
 
     def _check(self, method: str, instead: str) -> None:
         if on_loop():
-            raise wrong_side(method, f"in a Trio task use `{instead}` of a client from open_client")
+            raise wrong_side(method, f"in a Trio task use `{instead}`, with a client from open_client")
         if self._closed:
             raise trio.ClosedResourceError("this triojobs client is closed")
 
@@ -120,19 +124,42 @@ class SyncClient:
             job_id=job_id,
             on_conflict=on_conflict,
         )
-        return self._store.enqueue(rows_of(queue, [new]))[0].id
+        return self._store.enqueue([new_row(queue, new)])[0].id
 
     def try_enqueue(
-        self, queue: Queue[PayloadT, Any], payload: PayloadT | NewJob[PayloadT], **options: Any
+        self,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        *,
+        delay: float | None = None,
+        run_at: dt.datetime | None = None,
+        priority: int = 0,
+        max_attempts: int = 5,
+        timeout: float | None = None,
+        deadline: dt.datetime | None = None,
+        key: str | None = None,
+        key_until: KeyUntil = "kept",
+        metadata: Mapping[str, Any] | None = None,
+        job_id: int | None = None,
+        on_conflict: OnConflict = "return",
     ) -> Enqueued:
-        """Like `enqueue` (on_conflict "return" by default), but tell what happened. See `Client.try_enqueue`."""
+        """Like `enqueue`, but tell whether this call created the job or replaced another's body."""
         self._check("SyncClient.try_enqueue", "await client.try_enqueue(…)")
-        new = (
-            payload
-            if isinstance(payload, NewJob)
-            else NewJob(payload, **({"on_conflict": "return"} | options))
+        new = NewJob(
+            payload,
+            delay=delay,
+            run_at=run_at,
+            priority=priority,
+            max_attempts=max_attempts,
+            timeout=timeout,
+            deadline=deadline,
+            key=key,
+            key_until=key_until,
+            metadata=metadata,
+            job_id=job_id,
+            on_conflict=on_conflict,
         )
-        return self._store.enqueue(rows_of(queue, [new]))[0]
+        return self._store.enqueue([new_row(queue, new)])[0]
 
     def enqueue_many(
         self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
@@ -140,7 +167,8 @@ class SyncClient:
         """Enqueue jobs in one transaction; ids in the order given. See `Client.enqueue_many`."""
         self._check("SyncClient.enqueue_many", "await client.enqueue_many(…)")
         rows = rows_of(queue, payloads)
-        return [entry.id for entry in self._store.enqueue(rows)] if rows else []
+        with naming_items():
+            return [entry.id for entry in self._store.enqueue(rows)] if rows else []
 
     def new_job_id(self) -> int:
         """Reserve an id for `enqueue(…, job_id=…)`."""
@@ -170,32 +198,24 @@ class SyncClient:
             TimeoutError: it had not ended after `timeout` seconds.
         """
         self._check("SyncClient.result", "await client.result(…)")
-        for info in self._as_completed([checked_job_id(job_id)], queue, timeout):
-            return result_of(info)
-        raise AssertionError  # one id gives one completion, or JobNotFoundError
-
-    def _as_completed(
-        self, waiting: list[int], queue: Queue[Any, Any] | None, timeout: float | None
-    ) -> Iterator[JobInfo[Any]]:
-        give_up_at = (
-            float("inf") if timeout is None else time.monotonic() + checked_seconds("timeout", timeout)
-        )
+        checked_job_id(job_id)
+        limit = float("inf") if timeout is None else checked_seconds("timeout", timeout)
+        give_up_at = time.monotonic() + limit
         look = FIRST_LOOK
-        while waiting:
-            ended = self._store.ended(waiting)
-            found = {raw.id: raw for raw in self._store.read_jobs(ended)} if ended else {}
-            for job_id in ended:
-                if job_id not in found:
-                    raise JobNotFoundError(job_id, operation="waiting for jobs")
-                info = info_of(found[job_id], queue)
-                if info.status.ended:
-                    waiting.remove(job_id)
-                    yield info
-            if waiting:
-                if time.monotonic() + look > give_up_at:
-                    raise TimeoutError(f"job {waiting[0]} had not ended after {timeout:g} s")
-                time.sleep(look)
-                look = min(LAST_LOOK, look * 1.5)
+        while True:
+            try:
+                ended = self._store.ended([job_id])
+                for raw in completed(ended, self._store.read_jobs(ended) if ended else []):
+                    return result_of(raw, queue)
+            except DatabaseError as exc:
+                if not exc.transient:
+                    raise
+                log.warning("%s", exc, extra={"event": "wait_failed"})
+            remaining = give_up_at - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(f"job {job_id} had not ended after {limit:g} s")
+            time.sleep(min(look, remaining))
+            look = min(LAST_LOOK, look * 1.5)
 
     def cancel(self, job_id: int, *, reason: str = "cancelled") -> bool:
         """Cancel a job. See `Client.cancel`."""

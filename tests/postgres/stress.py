@@ -14,7 +14,7 @@ import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
@@ -270,10 +270,8 @@ class Stress:
     @contextmanager
     def _missing_is_fine(self) -> Iterator[None]:
         """Some ids were drawn and rolled back."""
-        try:
+        with suppress(operate.JobNotFoundError):
             yield
-        except operate.JobNotFoundError:
-            pass
 
     def _register(self, conn: Connection) -> Ledger:
         ledger = Ledger(conn)
@@ -283,7 +281,10 @@ class Stress:
         return ledger
 
     def _settle(self, conn: Connection, rng: random.Random, ledger: Ledger, claims: list[Claim]) -> None:
-        batch = [ended(c, self._outcome(rng, c), error="stress", delay=rng.choice([0, 0.005, 0.05])) for c in claims]
+        batch = [
+            ended(c, self._outcome(rng, c), error="stress", delay=rng.choice([0, 0.005, 0.05]))
+            for c in claims
+        ]
         try:
             written, _ = settle_sql.settle(conn, SCHEMA, ledger.id, batch)
         except psycopg.Error:
@@ -355,7 +356,9 @@ class Stress:
         stored = {row[0] for row in conn.execute("SELECT id FROM triojobs.jobs")}
         assert self.ids <= stored, f"bodies missing: {sorted(self.ids - stored)[:5]}"
         outcomes = set(
-            conn.execute("SELECT job_id, group_id, claim_no FROM triojobs.outcomes WHERE claim_no IS NOT NULL")
+            conn.execute(
+                "SELECT job_id, group_id, claim_no FROM triojobs.outcomes WHERE claim_no IS NOT NULL"
+            )
         )
         leases = set(conn.execute("SELECT id, group_id, claim_no FROM triojobs.leases"))
         assert outcomes | leases <= set(self.claims), "a claim that nobody made"
@@ -386,5 +389,3 @@ class Stress:
         bodies = dict(conn.execute("SELECT id, payload FROM triojobs.jobs").fetchall())
         wrong = [claim for claim in started if self.claims[claim] != bodies[claim[0]]]
         assert not wrong, f"claims that read another body: {wrong[:5]}"
-
-

@@ -614,6 +614,37 @@ def test_of_two_takers_of_a_key_one_gets_it(
     assert count(db, "keys") == 1
 
 
+def lock_key(conn: Connection) -> None:
+    """Hold the key's row: a taker looks whether the key is free, and then waits to take it."""
+    conn.execute("SELECT FROM triojobs.keys FOR UPDATE")
+
+
+@pytest.mark.parametrize("hold", ["ended", "until"])
+def test_a_taker_that_looked_before_another_one_took_the_key_looks_again(
+    connect: Connect, db: Connection, hold: str
+) -> None:
+    ended_holder(db, Group(db), hold)
+    a, b = connect(), connect()
+    with a.transaction():
+        lock_key(a)
+        waiting = blocked(db, b, enqueue_one, key="k", on_conflict="return")
+        first = enqueue_one(a, key="k")
+    assert first.created
+    assert waiting.result() == Enqueued(first.id, created=False)
+    assert count(db, "ready") == 1
+
+
+def test_a_taker_that_looked_before_a_retry_looks_again(connect: Connect, db: Connection) -> None:
+    old = ended_holder(db, Group(db), "ended")
+    a, b = connect(), connect()
+    with a.transaction():
+        lock_key(a)
+        waiting = blocked(db, b, enqueue_one, key="k", on_conflict="return")
+        assert operate.retry(a, SCHEMA, old)
+    assert waiting.result() == Enqueued(old, created=False)
+    assert count(db, "ready") == 1
+
+
 @pytest.mark.parametrize("hold", ["ended", "until"])
 def test_many_takers_of_a_key_have_one_winner(connect: Connect, db: Connection, hold: str) -> None:
     old = ended_holder(db, Group(db), hold)

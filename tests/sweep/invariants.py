@@ -66,7 +66,9 @@ def _done_iff_returned(record: Record) -> Iterator[str]:
 
 def _attempts_exact(record: Record) -> Iterator[str]:
     tables = record.database.tables
-    counted = Counter(run.job_id for run in record.journal.runs if run.counts and not _was_rescued(tables, run))
+    counted = Counter(
+        run.job_id for run in record.journal.runs if run.counts and not _was_rescued(tables, run)
+    )
     counted.update(o.job_id for o in _outcomes(tables) if _rescued(o))
     for job_id in tables.jobs:
         job = tables.read(job_id)

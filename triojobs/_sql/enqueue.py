@@ -7,7 +7,7 @@ in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import psycopg
@@ -20,6 +20,8 @@ from .statements import statement
 __all__ = ["CHUNK", "enqueue", "new_job_ids"]
 
 CHUNK: Final = 10_000  # rows per statement: past the knee of the rate, and a pause to be cancelled in
+CHUNK_BYTES: Final = 16 * 1024 * 1024  # of payload: bounds a statement's time and memory
+KEYED_CHUNK: Final = 500  # rows between two pauses when each is a round trip
 
 # `clock_timestamp()` per row keeps the order of the call. With `notify` the hint goes inside the
 # transaction: for callers whose commit we do not own.
@@ -105,10 +107,9 @@ def enqueue(
     plain = [i for i, row in enumerate(rows) if row.key is None and row.job_id is None]
     special = [i for i, row in enumerate(rows) if row.key is not None or row.job_id is not None]
     answers: dict[int, Enqueued | DuplicateJobError] = {}
-    for start in range(0, len(plain), CHUNK):
-        if start:
+    for n, chunk in enumerate(_chunks(rows, plain)):
+        if n:
             between_chunks()
-        chunk = plain[start : start + CHUNK]
         ids = _enqueue_plain(conn, schema, [rows[i] for i in chunk], notify_inside=notify_inside)
         answers.update(zip(chunk, map(_created, ids), strict=True))
     if special:
@@ -118,6 +119,19 @@ def enqueue(
             queues = sorted({rows[i].queue for i in special})
             _cursor(conn).execute(statement(NOTIFY_INSIDE, schema), {"queues": queues})
     return [answers[i] for i in range(len(rows))]
+
+
+def _chunks(rows: Sequence[NewRow], indexes: Sequence[int]) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    size = 0
+    for i in indexes:
+        if chunk and (len(chunk) == CHUNK or size + len(rows[i].payload) > CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(i)
+        size += len(rows[i].payload)
+    if chunk:
+        yield chunk
 
 
 def _created(job_id: int) -> Enqueued:
@@ -162,7 +176,7 @@ def _enqueue_special(
     _check_job_ids(cursor, schema, rows)
     drawn = iter(new_job_ids(conn, schema, sum(rows[i].job_id is None for i in order)))
     for done, i in enumerate(order):
-        if done and done % CHUNK == 0:
+        if done and done % KEYED_CHUNK == 0:
             between_chunks()
         row = rows[i]
         job_id = next(drawn) if row.job_id is None else row.job_id

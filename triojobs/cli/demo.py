@@ -40,6 +40,7 @@ T = TypeVar("T")
 LEASE_DURATION, LEASE_MARGIN, BEAT_INTERVAL = 5.0, 1.0, 1.0  # seconds
 # Shorter than the slowest handlers, so that Ctrl-C shows a release.
 GRACE_PERIOD: Final = 1.0
+LOOK_INTERVAL: Final = 0.1  # seconds between counts, and between frames on a terminal
 LOCK_WAIT: Final = 10.0  # seconds for another process that migrates
 MOST_JOBS: Final = 1_000_000
 
@@ -61,7 +62,7 @@ class Settings:
     def again(self) -> str:
         """What becomes of the jobs that wait."""
         if self.dsn is None and self.data is None:
-            return "they are gone with the temporary server; with --data DIR they would be kept"
+            return "they are gone with the temporary server; --data DIR would keep them"
         place = "--dsn …" if self.data is None else f"--data {self.data}"
         return f"`triojobs demo {place}` again finishes them"
 
@@ -99,6 +100,7 @@ class Interrupts:
                 else:
                     self.view.note(f"stopping: what runs has {GRACE_PERIOD:g} s to end; again to cancel it")
             elif received == 2:
+                self.view.note("cancelling what runs; again to end at once")
                 self.work.cancel(reason="interrupted twice")
             else:
                 signal.signal(number, signal.SIG_DFL)
@@ -189,7 +191,7 @@ class Demo:
                 if counts.finished:
                     break
                 # Counting a hundred thousand jobs takes a while; it must not become the main work.
-                await trio.sleep(max(self._view.interval, 4 * (now - asked)))
+                await trio.sleep(max(LOOK_INTERVAL, 4 * (now - asked)))
             nursery.cancel_scope.cancel()
 
     def _greet(self, run: Run, missing: list[int], before: Counts) -> None:
@@ -275,9 +277,15 @@ def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: boo
     view = open_view(as_json=as_json)
     try:
         outcome = trio.run(Demo(settings, view).play)
-    except BaseException as exc:
+    except KeyboardInterrupt:  # in the moments before the signals are received
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as exc:
+        failure = _failure(exc, settings)
+        if failure is None:
+            raise
+        raise failure from exc
+    finally:
         view.close()
-        raise _failure(exc, settings) from exc
     if isinstance(outcome, int):
         view.note("interrupted before any job ran")
         raise SystemExit(128 + outcome)
@@ -291,14 +299,13 @@ def _end(result: Result, settings: Settings, view: View) -> None:
         raise Failure(f"{result.counts.lost} job(s) are lost; this is a bug in triojobs, please report it")
     if result.signal is None:
         return
-    view.note(
-        f"interrupted: {result.released} job(s) were given back, {result.counts.waiting} wait; {settings.again}"
-    )
+    view.note(f"interrupted: {result.released} job(s) were given back, {result.counts.waiting} wait")
+    view.note(settings.again)
     raise SystemExit(128 + result.signal)
 
 
-def _failure(exc: BaseException, settings: Settings) -> BaseException:
-    """Return what to raise instead of an error: one line for what a user can mend."""
+def _failure(exc: BaseException, settings: Settings) -> Failure | None:
+    """Return one line for what a user can mend, None for what is our own mistake."""
     alone = sole_error(exc)
     if isinstance(alone, triojobs.OptionError) and alone.field == "data_dir":
         return Failure(str(alone).replace("data_dir is", "--data is"))
@@ -309,4 +316,4 @@ def _failure(exc: BaseException, settings: Settings) -> BaseException:
     if isinstance(alone, psycopg.Error):
         text = alone.diag.message_primary or str(alone)
         return Failure(f"while using the demo's tables: {text}; check the server and the rights of the user")
-    return exc
+    return None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["Result", "View", "open_view"]
 
 LINE_INTERVAL: Final = 1.0  # seconds between plain lines
-FRAME_INTERVAL: Final = 0.1  # seconds between frames on a terminal
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,6 @@ class Result:
 class View(Protocol):
     """Where the demo's words and numbers go."""
 
-    interval: float  # seconds between calls of `show`
-
     def note(self, text: str) -> None: ...
 
     def show(self, run: Run, counts: Counts, rate: float) -> None: ...
@@ -118,19 +115,20 @@ def _print_rows(result: Result) -> None:
 class LineView:
     """Plain lines: for files, pipes and other programs."""
 
-    interval = LINE_INTERVAL
-
     def __init__(self, stream: TextIO, *, result: Callable[[Result], None]) -> None:
         self._stream = stream
         self._result = result
-        self._began = time.monotonic()
+        self._began = self._next = time.monotonic()
 
     def note(self, text: str) -> None:
         """Print one line."""
         print(text, file=self._stream, flush=True)
 
     def show(self, run: Run, counts: Counts, rate: float) -> None:
-        """Print the numbers as one line."""
+        """Print the numbers as one line, once a second."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LINE_INTERVAL
         self.note(
             f"{time.monotonic() - self._began:6.1f} s  enqueued {counts.enqueued}  running {counts.running}  "
             f"done {counts.done}  failed {counts.failed}  killed {counts.killed}  {rate:.0f} jobs/s"
@@ -149,8 +147,6 @@ class LiveView:
 
     Refreshed by its caller, without rich's thread: then nothing is drawn between two checkpoints.
     """
-
-    interval = FRAME_INTERVAL
 
     def __init__(self, console: Console) -> None:
         self._console = console
