@@ -22,10 +22,11 @@ LAYERS = {
     6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
-PSYCOPG = {"_sql", "_bridge", "_listener", "_postgres", "cli", "board"} | {
+# __init__ only tries the import, to say what to install; the demo is written like a user's program.
+PSYCOPG = {"__init__", "_sql", "_bridge", "_listener", "_postgres", "cli", "board"} | {
     name for name in LAYER_OF if "embedded" in name
 }
-THREADS = {"_bridge"}
+THREADS = {"_bridge", "cli"}
 # Downwards but for these, each with its reason.
 EXCEPTIONS = {
     ("_group", "_client"),  # a group lends a client that uses its connections

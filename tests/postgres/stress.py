@@ -92,6 +92,7 @@ class Stress:
         self.conninfo = conninfo
         self.seed = seed
         self.stop = threading.Event()
+        self.registered = threading.Event()
         self.failures: list[str] = []
         self.lock = threading.Lock()
         self.ledgers: list[Ledger] = []
@@ -212,6 +213,8 @@ class Stress:
             yield rng.choices(steps, [30, 3, 12, 8, 2, 1, 2])[0]
 
     def _other_steps(self, conn: Connection, rng: random.Random) -> Iterator[Callable[[], None]]:
+        self.registered.wait(30)
+
         def some_job() -> int | None:
             with self.lock:
                 newest = max(self.ids, default=0)
@@ -278,6 +281,7 @@ class Stress:
         with self.lock:
             self.ledgers.append(ledger)
             del self.ledgers[:-12]  # the last ones, dead or alive
+        self.registered.set()
         return ledger
 
     def _settle(self, conn: Connection, rng: random.Random, ledger: Ledger, claims: list[Claim]) -> None:

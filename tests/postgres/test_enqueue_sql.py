@@ -98,6 +98,7 @@ def test_a_call_that_is_given_up_between_chunks_leaves_nothing(
         raise GivenUp
 
     monkeypatch.setattr(enqueue_sql, "CHUNK", 10)
+    monkeypatch.setattr(enqueue_sql, "KEYED_CHUNK", 10)
     for key in (None, "k"):
         rows = [new_row(key=key and f"{key}{n}") for n in range(11)]
         with pytest.raises(GivenUp):

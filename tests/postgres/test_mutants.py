@@ -19,7 +19,7 @@ from triojobs._errors import TriojobsError
 from triojobs._model import Outcome
 from triojobs._sql import claim as claim_sql
 from triojobs._sql import groups as groups_sql
-from triojobs._sql import operate
+from triojobs._sql import operate, session
 from triojobs._sql import settle as settle_sql
 
 Connect = Callable[[], Connection]
@@ -47,6 +47,21 @@ def function(name: str, *changes: tuple[str, str]) -> Patch:
         row = db.execute("SELECT pg_get_functiondef(%s::regproc)", [f"triojobs.{name}"]).fetchone()
         assert row is not None
         db.execute(changed(row[0], *changes))  # type: ignore[call-overload]
+
+    return apply
+
+
+def where_tables_are_read_whole(mutate: Patch) -> Patch:
+    """A mutant on sessions that read small tables whole: our own read by id, which hides a missing order."""
+
+    def apply(patch: pytest.MonkeyPatch, db: Connection) -> None:
+        patch.setattr(
+            session,
+            "PREPARE",
+            changed(session.PREPARE, ("('enable_seqscan', 'off')", "('enable_seqscan', 'on')")),
+        )
+        db.execute("SET enable_seqscan = on")
+        mutate(patch, db)
 
     return apply
 
@@ -167,11 +182,13 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
         SETTLE_AND_CLOSE,
     ),
     "a settle does not refer to the lock on its group": (
-        template(settle_sql, "SETTLE", ("      AND EXISTS (SELECT FROM me)\n", "")),
+        where_tables_are_read_whole(
+            template(settle_sql, "SETTLE", ("      AND EXISTS (SELECT FROM me)\n", ""))
+        ),
         SETTLE_AND_CLOSE,
     ),
     "a settle locks leases as its batch comes": (
-        batches_as_they_come,
+        where_tables_are_read_whole(batches_as_they_come),
         race(races.test_two_settles_of_the_same_claims_lock_them_in_one_order),
     ),
     "a settle does not look at the claim": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -11,6 +12,7 @@ from tools import (
     SCHEMA,
     Connection,
     Group,
+    clean,
     count,
     ended,
     history,
@@ -28,6 +30,13 @@ from triojobs._sql import claim as claim_sql
 from triojobs._sql import groups, inspect, operate, settle
 
 ENDS = [Outcome.DONE, Outcome.KILLED, Outcome.CANCELLED]
+
+
+@pytest.fixture
+def database(shared_database: str) -> Iterator[str]:
+    """One database for all tests of this file, emptied after each."""
+    yield shared_database
+    clean(shared_database)
 
 
 @pytest.fixture

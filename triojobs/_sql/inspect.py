@@ -23,7 +23,7 @@ SELECT s.id, s.queue, s.status, s.attempts, s.max_attempts, s.priority, s.run_at
 FROM unnest(%(ids)s::bigint[]) i
 CROSS JOIN LATERAL (SELECT * FROM {schema}.job_status v WHERE v.id = i OFFSET 0) s
 CROSS JOIN LATERAL (SELECT * FROM {schema}.jobs b WHERE b.id = i OFFSET 0) j
-LEFT JOIN {schema}.leases l ON l.id = i
+LEFT JOIN LATERAL (SELECT * FROM {schema}.leases r WHERE r.id = i OFFSET 0) l ON true
 LEFT JOIN LATERAL (
     SELECT x.result, x.encoding, x.claim_no FROM {schema}.outcomes x
     WHERE s.finished_at IS NOT NULL AND x.job_id = i ORDER BY x.no DESC LIMIT 1
