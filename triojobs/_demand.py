@@ -44,6 +44,7 @@ class Demand:
         self._linger = linger
         self._cap = cap
         self._hungry = set(slots)
+        self._woken: set[str] = set()  # since the last claim was sent
         self._turn = 0
         self._last_claim = -math.inf
 
@@ -53,15 +54,23 @@ class Demand:
 
     def woken(self, queues: Iterable[str]) -> None:
         """Note that due work may be waiting in these queues."""
-        self._hungry.update(q for q in queues if q in self._slots)
+        for queue in queues:
+            if queue in self._slots:
+                self._hungry.add(queue)
+                self._woken.add(queue)
 
     def woken_everywhere(self) -> None:
         """Note that due work may be waiting in any queue."""
-        self._hungry.update(self._slots)
+        self.woken(self._slots)
 
     def satisfied(self, queue: str) -> None:
-        """Note that a claim came back short, after everybody who adds work knew that we wait."""
-        self._hungry.discard(queue)
+        """Note that a claim came back short, after everybody who adds work knew that we wait.
+
+        A wake-up that came while the claim was in flight stays: its job may be younger than what the
+        claim saw, and nobody will tell of it again.
+        """
+        if queue not in self._woken:
+            self._hungry.discard(queue)
 
     def claimed(self, now: float) -> None:
         """Note that a claim was made."""
@@ -69,7 +78,10 @@ class Demand:
         self._turn += 1
 
     def next_claim(self, free: Mapping[str, int], now: float) -> tuple[dict[str, int], float]:
-        """Return what to claim now and, when that is nothing, when to ask again (inf: when woken)."""
+        """Return what to claim now and, when that is nothing, when to ask again (inf: when woken).
+
+        What it returns is claimed at once: wake-ups from here on are younger than the claim.
+        """
         asking = {queue: n for queue, n in free.items() if n > 0 and queue in self._hungry}
         if self._cap is not None and asking:
             running = sum(self._slots[queue] - n for queue, n in free.items())
@@ -79,5 +91,6 @@ class Demand:
         soon = any(2 * n >= min(self._slots[queue], self._cap or math.inf) for queue, n in asking.items())
         ripe = self._last_claim + self._linger
         if soon or now >= ripe:
+            self._woken -= asking.keys()
             return asking, now
         return {}, ripe

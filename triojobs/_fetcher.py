@@ -134,6 +134,8 @@ class Fetcher:
 
     async def _claim(self, wants: Mapping[str, int], now: float) -> ClaimReply:
         promote = now >= min(self._promote_at, self._due_at)
+        if promote:
+            self._promote_at = math.inf  # a wake-up while the claim is in flight asks for another one
         order = ClaimOrder(
             group_id=self._live.group_id,
             epoch=self._live.epoch,
@@ -153,7 +155,8 @@ class Fetcher:
         if promote:
             more = sum(reply.promoted.values()) >= 1000
             # While we are busy nobody notifies us, so look at the timer of new rows now and then.
-            self._promote_at = -math.inf if more else now + self._options.rescan_interval
+            soon = -math.inf if more else now + self._options.rescan_interval
+            self._promote_at = min(self._promote_at, soon)
             self._due_at = math.inf if reply.next_due_in is None else now + max(0.0, reply.next_due_in)
         return reply
 
