@@ -1,5 +1,10 @@
 """A durable job queue on PostgreSQL for Trio programs. See README.rst."""
 
+try:
+    import psycopg as _psycopg
+except ImportError as exc:
+    raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from exc
+
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client
 from ._codec import CborCodec as CborCodec

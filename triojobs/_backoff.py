@@ -42,10 +42,10 @@ class Backoff:
     def __post_init__(self) -> None:
         checked_seconds("Backoff.first", self.first)
         checked_seconds("Backoff.limit", self.limit, least=self.first)
-        if not 1.0 <= self.factor <= 1000.0:
-            raise OptionError("Backoff.factor", self.factor, "1 to 1000")
-        if not 0.0 <= self.jitter <= 1.0:
-            raise OptionError("Backoff.jitter", self.jitter, "0 to 1")
+        for field, least, most in (("factor", 1, 1000), ("jitter", 0, 1)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                raise OptionError(f"Backoff.{field}", value, f"{least} to {most}")
 
     def delay(self, attempt: int, random: Callable[[], float]) -> float:
         """Return the seconds to wait after failed attempt number `attempt` (from 1).

@@ -244,7 +244,10 @@ class Breaker:
             return
         call.breaking = True
         call.deadline = now + CANCEL_WAIT
-        log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
+        if call.unwanted:
+            log.debug("the work of a cancelled job is broken off", extra={"event": "work_broken_off"})
+        else:
+            log.warning("a call passed its deadline and is broken off", extra={"event": "call_broken_off"})
         # Elsewhere, so that one deaf server does not delay the breaking of other calls.
         threading.Thread(target=call.cancel_on_server, name="triojobs-cancel", daemon=True).start()
 

@@ -498,6 +498,8 @@ def info_of(raw: RawJob, queue: Queue[Any, Any] | None) -> JobInfo[Any]:
         result=result,
         error=raw.last_error,
         group=raw.group_id,
+        fence=None if raw.group_id is None or raw.claim_no is None else (raw.group_id, raw.claim_no),
+        cancel_reason=raw.cancel_reason,
     )
 
 

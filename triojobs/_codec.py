@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import decimal
+import functools
 import io
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Protocol, runtime_checkable
 
 import cbor2
 import msgspec
 
-from ._errors import CodecError, OptionError
+from ._errors import CodecError, OptionError, cut
 
 __all__ = [
     "CborCodec",
@@ -70,7 +71,7 @@ class CborCodec:
         try:
             value = cbor2.load(stream)
         except Exception as exc:
-            raise CodecError(f"{len(data)} bytes are no CBOR: {exc}", operation="decoding") from exc
+            raise CodecError(f"{len(data)} bytes are no CBOR: {cut(exc)}", operation="decoding") from exc
         if stream.tell() != len(data):
             raise CodecError(
                 f"{len(data) - stream.tell()} of {len(data)} bytes follow the CBOR value",
@@ -86,7 +87,11 @@ class CborCodec:
 
 
 class JsonCodec:
-    """JSON (RFC 8259) as UTF-8. datetime, UUID, Decimal and bytes travel as strings."""
+    """JSON (RFC 8259) as UTF-8.
+
+    datetime, UUID, Decimal and bytes (base64) travel as strings, NaN and infinities as null; they come
+    back where the queue's type asks for them. Keys become strings.
+    """
 
     name = "json"
 
@@ -97,13 +102,13 @@ class JsonCodec:
         try:
             return msgspec.json.decode(data)
         except Exception as exc:
-            raise CodecError(f"{len(data)} bytes are no JSON: {exc}", operation="decoding") from exc
+            raise CodecError(f"{len(data)} bytes are no JSON: {cut(exc)}", operation="decoding") from exc
 
     def decode(self, data: bytes, type: Any) -> Any:
         return self.convert(self.plain(data), type)
 
     def convert(self, plain: Any, type: Any) -> Any:
-        return msgspec.convert(plain, type, strict=True)
+        return msgspec.convert(plain, type, strict=True, str_keys=True)
 
 
 CBOR: Final = CborCodec()
@@ -114,15 +119,20 @@ BY_NAME: Final[Mapping[str, CborCodec | JsonCodec]] = {"cbor": CBOR, "json": JSO
 class PydanticCodec:
     """Pydantic models on CBOR bytes: `Queue("emails", Email, codec=PydanticCodec())`.
 
-    pydantic is imported at the first use and is no dependency of triojobs.
+    bytes, datetime, UUID and Decimal travel as such, other types in the form of pydantic's JSON. pydantic
+    is imported at the first use and is no dependency of triojobs.
     """
 
     name = "cbor"
 
     def encode(self, value: Any) -> bytes:
-        from pydantic import TypeAdapter
+        from pydantic_core import to_jsonable_python
 
-        return CBOR.encode(TypeAdapter(type(value)).dump_python(value, mode="json"))
+        # Not mode="json": it makes text of bytes and refuses those that are none.
+        kind: Any = type(value)
+        python = _adapter(kind).dump_python(value, by_alias=True, round_trip=True)
+        plain = msgspec.to_builtins(python, builtin_types=CBOR_NATIVE, enc_hook=to_jsonable_python)
+        return cbor2.dumps(plain)
 
     def decode(self, data: bytes, type: Any) -> Any:
         return self.convert(CBOR.plain(data), type)
@@ -130,9 +140,15 @@ class PydanticCodec:
     def convert(self, plain: Any, type: Any) -> Any:
         if type is Any:
             return plain
-        from pydantic import TypeAdapter
+        return _adapter(type).validate_python(plain)
 
-        return TypeAdapter(type).validate_python(plain)
+
+@functools.lru_cache(maxsize=256)
+def _adapter(type: Any) -> Any:
+    """Return pydantic's adapter of a type; making one takes milliseconds."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(type)
 
 
 def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> bytes:
@@ -147,15 +163,39 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
         data = codec.encode(value)
         if not isinstance(data, bytes):
             raise TypeError(f"{codec.name}.encode returned {data.__class__.__name__}, not bytes")
-        if type is not Any:
-            codec.decode(data, type)
+        if len(data) <= limit:
+            lost = _lost(data, codec.decode(data, type), codec)
     except Exception as exc:
         raise EncodeError(
-            field, value, f"a value of {_name(type)} that {codec.name} can encode ({exc})"
+            field, value, f"a value of {_name(type)} that {codec.name} can encode ({cut(exc)})"
         ) from exc
     if len(data) > limit:
         raise EncodeError(field, f"{len(data)} bytes", f"at most {limit} bytes when encoded")
+    if lost is not None:
+        raise EncodeError(field, value, f"a value of {_name(type)}, which has no field {cut(repr(lost))}")
     return data
+
+
+def _lost(data: bytes, typed: Any, codec: Codec) -> Any:
+    """Return a key of `data` that the declared type drops without a word (a subclass's field), or None."""
+    again = codec.encode(typed)
+    other = BY_NAME.get(codec.name)
+    if again == data or other is None:
+        return None
+    return next(_missing(other.plain(data), other.plain(again)), None)
+
+
+def _missing(before: Any, after: Any) -> Iterator[Any]:
+    """Yield the keys of mappings in `before` that `after` lacks at the same place."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key, value in before.items():
+            if key in after:
+                yield from _missing(value, after[key])
+            elif str(key) not in after:  # JSON has text keys only
+                yield key
+    elif isinstance(before, list) and isinstance(after, list):
+        for one, other in zip(before, after, strict=False):
+            yield from _missing(one, other)
 
 
 def decode(data: bytes, type: Any, encoding: str, codec: Codec) -> Any:
@@ -193,4 +233,4 @@ def _is_record(type: Any) -> bool:
 
 
 def _name(type: Any) -> str:
-    return getattr(type, "__qualname__", str(type))
+    return type.__qualname__ if isinstance(type, CLASS) else str(type)

@@ -27,6 +27,27 @@ __all__ = [
 ]
 
 SHOWN_VALUE_LIMIT: Final = 120  # characters of a refused value repeated in the message
+SHOWN_REASON_LIMIT: Final = 500  # characters of another library's error repeated in ours
+
+
+def shown(value: object) -> str:
+    """Return the repr of any value, cut; a repr that fails or would be huge must not hide the error."""
+    if isinstance(value, (str, bytes)):
+        value = value[: SHOWN_VALUE_LIMIT + 1]
+    try:
+        text = repr(value)
+    except Exception:  # too deep, too many digits, or the user's own bug
+        text = f"<{type(value).__qualname__} that cannot be shown>"
+    return cut(text, SHOWN_VALUE_LIMIT)
+
+
+def cut(text: object, limit: int = SHOWN_REASON_LIMIT) -> str:
+    """Return a text, cut to `limit` characters with a marker."""
+    try:
+        text = str(text)
+    except Exception:
+        text = f"<{type(text).__qualname__} whose text cannot be shown>"
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 class TriojobsError(Exception):
@@ -67,10 +88,7 @@ class OptionError(TriojobsError, ValueError):
         self.field = field
         self.value = value
         self.limit = limit
-        shown = repr(value)
-        if len(shown) > SHOWN_VALUE_LIMIT:
-            shown = shown[:SHOWN_VALUE_LIMIT] + "…"
-        super().__init__(f"{field} is {shown}, but must be {limit}", operation=operation, hint=hint)
+        super().__init__(f"{field} is {shown(value)}, but must be {limit}", operation=operation, hint=hint)
 
 
 class DatabaseError(TriojobsError):
@@ -125,7 +143,7 @@ class DuplicateJobError(TriojobsError):
         self.index = index
         at = "" if index is None else f" (item {index} of the call)"
         super().__init__(
-            f"key {key!r} of queue {queue!r} is held by job {job_id}{at}; nothing was enqueued",
+            f"key {shown(key)} of queue {shown(queue)} is held by job {job_id}{at}; nothing was enqueued",
             operation=operation,
             hint="use try_enqueue with on_conflict='return' or 'replace' if that is expected",
         )

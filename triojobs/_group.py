@@ -385,7 +385,14 @@ class WorkerGroup:
                     extra={"event": "stale", "job_ids": stale},
                 )
 
-        await self._store.close_group(live.group_id, written, deadline=deadline)
+        try:
+            await self._store.close_group(live.group_id, written, deadline=deadline)
+        except DatabaseError as exc:
+            if exc.committed is None:
+                # It may have given them all back: the repetition would find nothing and call it stale.
+                # So each is given back by name, as settlements whose reply was lost.
+                live.unanswered.update((s.job_id, s.claim_no) for s in live.ledger.release_rest())
+            raise
         live.closed = True
         live.unknown_claim = False
 

@@ -91,6 +91,18 @@ class Ledger:
         batch.sort(key=lambda s: s.job_id)
         return batch
 
+    def release_rest(self) -> list[Settlement]:
+        """Note every claim that has not ended as given back; return these settlements."""
+        with self._lock:
+            rest = [
+                Settlement(claim.job_id, claim.claim_no, Outcome.RELEASED)
+                for claim in self._claims.values()
+                if claim.job_id not in self._ended
+            ]
+            self._ended.update((settlement.job_id, settlement) for settlement in rest)
+            self._booked.clear()
+        return rest
+
     @property
     def unsettled(self) -> int:
         """How many ended claims wait to be written."""

@@ -342,9 +342,14 @@ class Tables:
         for asked in batch:
             lease = self.fenced(group_id, asked.job_id, asked.claim_no)
             if lease is None or group_id not in self.groups:
-                # The repetition of a settlement whose reply was lost finds what that one wrote.
-                if before := self._written_before(group_id, asked):
-                    written.append(Settled(asked.job_id, asked.claim_no, before))
+                before = self._outcome_row(group_id, asked.job_id, asked.claim_no)
+                # The repetition of a settlement whose reply was lost finds what that one wrote. A failure
+                # may be a rescuer's: only the text tells.
+                if before is not None and (
+                    (before.status, before.error) == (asked.outcome, asked.error)
+                    or (before.status == Outcome.CANCELLED and asked.outcome is not Outcome.DONE)
+                ):
+                    written.append(Settled(asked.job_id, asked.claim_no, Outcome(before.status)))
                 continue
             outcome, error = asked.outcome, asked.error
             if outcome is not Outcome.DONE and lease.cancel_reason is not None:
@@ -363,19 +368,14 @@ class Tables:
             written.append(Settled(lease.id, lease.claim_no, outcome))
         return written, queues
 
-    def _written_before(self, group_id: uuid.UUID, asked: Settlement) -> Outcome | None:
-        """Return the outcome that this very settlement left, not the one of a rescue."""
-        for row in self.outcomes.get(asked.job_id, ()):
-            if row.group_id == group_id and row.claim_no == asked.claim_no:
-                ours = row.status == asked.outcome and row.error == asked.error
-                if ours or row.status == Outcome.CANCELLED:
-                    return Outcome(row.status)
-        return None
-
     def outcome_of_claim(self, group_id: uuid.UUID, job_id: int, claim_no: int) -> str | None:
+        row = self._outcome_row(group_id, job_id, claim_no)
+        return None if row is None else row.status
+
+    def _outcome_row(self, group_id: uuid.UUID, job_id: int, claim_no: int) -> OutcomeRow | None:
         for row in self.outcomes.get(job_id, ()):
             if row.group_id == group_id and row.claim_no == claim_no:
-                return row.status
+                return row
         return None
 
     def _note(
@@ -587,6 +587,12 @@ class Tables:
             deadline=job.deadline,
             result=None if done is None else done.result,
             result_encoding=None if done is None else done.encoding,
+            claim_no=None if place is None else place.claim_no,
+            cancel_reason=lease.cancel_reason
+            if lease
+            else ended.error
+            if status is JobStatus.CANCELLED and ended
+            else None,
         )
 
     def idle(self, queues: Collection[str], now: float) -> bool:

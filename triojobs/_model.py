@@ -191,6 +191,8 @@ class RawJob:
     deadline: dt.datetime | None
     result: bytes | None
     result_encoding: str | None
+    claim_no: int | None
+    cancel_reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,8 @@ class JobInfo(Generic[PayloadT]):
         result: what the handler returned, once done; None before.
         error: text of the last failure, the reason of a kill or of a cancellation; else None.
         group: id of the group that runs it, or ended it; None while it waits.
+        fence: `(group_id, claim_no)` of the claim that runs or ended it; None while it waits.
+        cancel_reason: why its cancellation was asked for while it ran or waited; else None.
         run_at: when it is (was) due; enqueued_at, claimed_at, finished_at: server times, UTC.
     """
 
@@ -224,6 +228,18 @@ class JobInfo(Generic[PayloadT]):
     result: Any
     error: str | None
     group: uuid.UUID | None
+    fence: Fence | None
+    cancel_reason: str | None
+
+    @property
+    def attempt(self) -> int:
+        """The number of the present or last attempt; 0 before the first."""
+        return self.attempts
+
+    @property
+    def last_error(self) -> str | None:
+        """The same as `error`, by the name that a running job has for it."""
+        return self.error
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from ._backoff import Backoff
 from ._codec import CBOR, Codec, decode, encode
@@ -31,8 +31,10 @@ __all__ = ["NewJob", "Queue", "Worker", "new_row"]
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
 
-# jsonb cannot hold NUL, which JSON writes as an escape (of an even number of backslashes before it).
-NUL_ESCAPE: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+# Times that survive every session's time zone on their way back from PostgreSQL.
+YEARS: Final = range(1900, 9000)
+# jsonb cannot hold NUL. JSON writes it as an escape, whose backslash is not itself escaped.
+NUL_IN_JSON: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 DEFAULT_CONCURRENCY: Final = 10  # handlers at once per worker: enough to hide round trips, kind to memory
 
 
@@ -53,6 +55,47 @@ class Queue(Generic[PayloadT, ResultT]):
 
     __slots__ = ("codec", "name", "payload", "payload_limit", "result", "result_limit")
 
+    @overload
+    def __init__(
+        self: Queue[Any, Any],
+        name: str,
+        *,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Queue[PayloadT, Any],
+        name: str,
+        payload: type[PayloadT],
+        *,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        name: str,
+        payload: type[PayloadT],
+        *,
+        result: type[ResultT],
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
+    @overload  # typing forms such as `int | str` are no `type`
+    def __init__(
+        self: Queue[Any, Any],
+        name: str,
+        payload: Any = ...,
+        *,
+        result: Any = ...,
+        codec: Codec = ...,
+        payload_limit: int = ...,
+        result_limit: int = ...,
+    ) -> None: ...
     def __init__(
         self,
         name: str,
@@ -66,7 +109,7 @@ class Queue(Generic[PayloadT, ResultT]):
         self.name = checked_name("queue", name)
         self.payload = payload
         self.result = result
-        if not isinstance(codec, Codec):
+        if not isinstance(codec, Codec) or isinstance(codec, type):  # a class has the methods, too
             raise OptionError("codec", codec, "an object with name, encode(value) and decode(data, type)")
         checked_text("codec.name", codec.name, least=1, most=32)
         self.codec = codec
@@ -208,9 +251,12 @@ def _aware(field: str, value: object) -> dt.datetime:
     if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
         raise OptionError(field, value, "an aware datetime (with a time zone)")
     try:
-        return value.astimezone(dt.UTC)
+        utc = value.astimezone(dt.UTC)
     except OverflowError:
-        raise OptionError(field, value, "between the years 1 and 9999 in UTC") from None
+        utc = None
+    if utc is None or utc.year not in YEARS:
+        raise OptionError(field, value, f"in the years {YEARS[0]} to {YEARS[-1]}")
+    return utc
 
 
 def _metadata(value: Mapping[str, Any] | None) -> str:
@@ -224,6 +270,6 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as exc:
         raise OptionError("metadata", value, f"{limit} ({exc})") from exc
-    if size > METADATA_LIMIT or NUL_ESCAPE.search(text):
+    if size > METADATA_LIMIT or NUL_IN_JSON.search(text):
         raise OptionError("metadata", value, f"{limit} (it has {size} bytes)")
     return text

@@ -28,6 +28,7 @@ class LiveRegistration:
     Attributes written by → read by:
         lease: beat thread → lease watcher. ledger: everybody. epoch, unknown_claim: fetcher → closing.
         fetching, slots_alive (0 or 1), running: fetcher and slots → supervisor. lost: beats → supervisor.
+        unanswered: (job id, claim_no) of claims whose settlement's reply was lost. Settler and closing.
         interrupted_at: Trio's clock when handlers began to be cancelled; a timeout that fires later
         is not the job's fault.
     """
@@ -53,6 +54,7 @@ class LiveRegistration:
         self.closed = False
         self.rescued_jobs = 0
         self.on_cancel_request: Callable[[CancelRequest], None] = _nobody_runs
+        self.unanswered: set[tuple[int, int]] = set()
         self._claim_no = 0
         self._token = trio.lowlevel.current_trio_token()
 

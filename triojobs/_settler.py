@@ -33,7 +33,6 @@ class Settler:
     def __init__(self, live: LiveRegistration, store: Store) -> None:
         self._live = live
         self._store = store
-        self._unanswered: set[tuple[int, int]] = set()  # claims whose settlement's reply was lost
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
@@ -104,10 +103,10 @@ class Settler:
             await self._store.settle(self._live.group_id, batch, written, deadline=deadline)
         except DatabaseError as exc:
             if exc.committed is None:
-                self._unanswered.update((s.job_id, s.claim_no) for s in batch)
+                self._live.unanswered.update((s.job_id, s.claim_no) for s in batch)
             raise
-        if self._unanswered:
-            self._unanswered.difference_update((s.job_id, s.claim_no) for s in batch)
+        if self._live.unanswered:
+            self._live.unanswered.difference_update((s.job_id, s.claim_no) for s in batch)
 
     def _answered_before(self, batch: Sequence[Settlement], rows: Sequence[Settled]) -> list[Settled]:
         """Return what an earlier, unanswered settlement has written without leaving an outcome.
@@ -115,12 +114,12 @@ class Settler:
         Outcomes are found by the store. A release or a snooze leaves none: when its row is gone, it
         was that settlement that took it.
         """
-        if not self._unanswered:
+        if not self._live.unanswered:
             return []
         returned = {(row.job_id, row.claim_no) for row in rows}
         return [
             Settled(s.job_id, s.claim_no, s.outcome)
             for s in batch
             if s.outcome in (Outcome.RELEASED, Outcome.SNOOZED)
-            and (s.job_id, s.claim_no) in self._unanswered - returned
+            and (s.job_id, s.claim_no) in self._live.unanswered - returned
         ]

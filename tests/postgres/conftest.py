@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from tools import Connection, open_session
+from tools import Connection, end_all_calls, open_session
 
 
 @pytest.fixture
 def connect(database: str) -> Iterator[Callable[[], Connection]]:
-    """Opens sessions as the workers have them."""
-    with ExitStack() as stack:
-        yield lambda: stack.enter_context(open_session(database))
+    """Opens sessions as the workers have them. A failed test's sessions may still wait for each other."""
+    opened: list[Connection] = []
+
+    def open_one() -> Connection:
+        opened.append(open_session(database))
+        return opened[-1]
+
+    yield open_one
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY (%s)",
+            [[each.info.backend_pid for each in opened]],
+        )
+    end_all_calls()
+    for each in opened:
+        each.close()
 
 
 @pytest.fixture

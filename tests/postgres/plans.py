@@ -95,7 +95,11 @@ def explain(conn: Connection, statement: tuple[bytes, Any]) -> Plan:
     with rolled_back(conn):
         conn.execute(f"PREPARE looked_at {declared} AS ".encode() + numbered)
         try:
-            given = sql.SQL("({})").format(sql.SQL(", ").join(map(sql.Literal, values))) if values else sql.SQL("")
+            given = (
+                sql.SQL("({})").format(sql.SQL(", ").join(map(sql.Literal, values)))
+                if values
+                else sql.SQL("")
+            )
             row = conn.execute(
                 sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE looked_at {}").format(given)
             ).fetchone()

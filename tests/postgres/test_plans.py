@@ -136,6 +136,15 @@ def test_an_empty_poll_touches_few_pages_beside_a_million_future_rows(grown: Gro
     assert not (move.walked | due.walked) & {"scheduled", "ready"}
 
 
+def test_a_clock_that_is_not_stable_would_walk_the_future(
+    grown: Grown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant = claim_sql.PROMOTE.replace("statement_timestamp()", "clock_timestamp()")
+    monkeypatch.setattr(claim_sql, "PROMOTE", mutant)
+    move, _ = grown.plans(claim_sql.promote, queues=["later", "empty"])
+    assert move.pages > 1000
+
+
 def test_promotion_takes_a_thousand_rows_by_place(grown: Grown) -> None:
     move, due = grown.plans(claim_sql.promote, queues=["soon", "later"])
     (delete,) = move.nodes("Tid Scan", Relation_Name="scheduled")
@@ -198,13 +207,6 @@ def test_a_claim_by_nobody_locks_and_reads_nothing(grown: Grown) -> None:
     assert plan.pages < 10
 
 
-EARLY = pytest.mark.xfail(
-    reason="needs enable_seqscan = off in the workers' sessions: a small table is cheapest read whole",
-    strict=False,
-)
-
-
-@EARLY
 @pytest.mark.parametrize("statistics", ["none", "of empty tables"])
 def test_plans_made_while_the_tables_were_small_do_not_walk_them(db: Connection, statistics: str) -> None:
     if statistics == "of empty tables":

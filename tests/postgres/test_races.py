@@ -7,7 +7,7 @@ one of them from committing until the other has run into it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import psycopg
@@ -19,6 +19,7 @@ from tools import (
     Group,
     Running,
     blocked,
+    clean,
     count,
     ended,
     history,
@@ -40,6 +41,13 @@ from triojobs._sql import enqueue as enqueue_sql
 from triojobs._sql import groups, operate, settle
 
 Connect = Callable[[], Connection]
+
+
+@pytest.fixture
+def database(shared_database: str) -> Iterator[str]:
+    """One database for all tests of this file, emptied after each."""
+    yield shared_database
+    clean(shared_database)
 
 
 def enqueue_one(conn: Connection, **options: object) -> Enqueued:
@@ -142,13 +150,15 @@ def test_close_waits_for_an_open_claim_and_sweeps_what_it_took(connect: Connect,
 def test_close_sweeps_under_a_role_whose_default_is_repeatable_read(
     database: str, connect: Connect, db: Connection
 ) -> None:
-    name = sql.Identifier(db.info.dbname)
-    setting = "SET default_transaction_isolation = 'repeatable read'"
-    db.execute(sql.SQL("ALTER ROLE CURRENT_USER IN DATABASE {} " + setting).format(name))
-    with psycopg.connect(database) as plain:
-        assert plain.execute("SHOW transaction_isolation").fetchone() == ("repeatable read",)
-    with open_session(database) as a, open_session(database) as b:
-        close_against_open_claim(db, a, b)
+    role = sql.SQL("ALTER ROLE CURRENT_USER IN DATABASE {} ").format(sql.Identifier(db.info.dbname))
+    db.execute(role + sql.SQL("SET default_transaction_isolation = 'repeatable read'"))
+    try:
+        with psycopg.connect(database) as plain:
+            assert plain.execute("SHOW transaction_isolation").fetchone() == ("repeatable read",)
+        with open_session(database) as a, open_session(database) as b:
+            close_against_open_claim(db, a, b)
+    finally:
+        db.execute(role + sql.SQL("RESET default_transaction_isolation"))
 
 
 def test_a_claim_that_waits_for_a_close_takes_nothing(connect: Connect, db: Connection) -> None:
@@ -612,6 +622,37 @@ def test_of_two_takers_of_a_key_one_gets_it(
     assert (second.id == first.id) is committed
     assert old not in (first.id, second.id)
     assert count(db, "keys") == 1
+
+
+def lock_key(conn: Connection) -> None:
+    """Hold the key's row: a taker looks whether the key is free, and then waits to take it."""
+    conn.execute("SELECT FROM triojobs.keys FOR UPDATE")
+
+
+@pytest.mark.parametrize("hold", ["ended", "until"])
+def test_a_taker_that_looked_before_another_one_took_the_key_looks_again(
+    connect: Connect, db: Connection, hold: str
+) -> None:
+    ended_holder(db, Group(db), hold)
+    a, b = connect(), connect()
+    with a.transaction():
+        lock_key(a)
+        waiting = blocked(db, b, enqueue_one, key="k", on_conflict="return")
+        first = enqueue_one(a, key="k")
+    assert first.created
+    assert waiting.result() == Enqueued(first.id, created=False)
+    assert count(db, "ready") == 1
+
+
+def test_a_taker_that_looked_before_a_retry_looks_again(connect: Connect, db: Connection) -> None:
+    old = ended_holder(db, Group(db), "ended")
+    a, b = connect(), connect()
+    with a.transaction():
+        lock_key(a)
+        waiting = blocked(db, b, enqueue_one, key="k", on_conflict="return")
+        assert operate.retry(a, SCHEMA, old)
+    assert waiting.result() == Enqueued(old, created=False)
+    assert count(db, "ready") == 1
 
 
 @pytest.mark.parametrize("hold", ["ended", "until"])

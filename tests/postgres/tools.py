@@ -38,6 +38,15 @@ def open_session(conninfo: str, *, prepare_threshold: int | None = 2) -> Connect
     return conn
 
 
+CALLS: list[threading.Thread] = []
+
+
+def end_all_calls() -> None:
+    """Wait for every call that was started; their sessions have been ended."""
+    while CALLS:
+        CALLS.pop().join(PATIENCE)
+
+
 class Running(Generic[T]):
     """A call in a thread of its own."""
 
@@ -52,6 +61,7 @@ class Running(Generic[T]):
                 self._error.append(exc)
 
         self._thread = threading.Thread(target=run, daemon=True)
+        CALLS.append(self._thread)
         self._thread.start()
 
     @property
@@ -218,3 +228,13 @@ def rolled_back(conn: Connection) -> Iterator[None]:
     """Run the block in a transaction that is thrown away."""
     with conn.transaction(force_rollback=True):
         yield
+
+
+def clean(conninfo: str) -> None:
+    """Make a database as good as new: no rows, and sequences from the start."""
+    tables = ("jobs", "outcomes", "scheduled", "ready", "leases", "keys", "worker_groups", "waiting")
+    with psycopg.connect(conninfo) as conn:
+        for table in tables:
+            conn.execute(f"DELETE FROM triojobs.{table}")  # type: ignore[call-overload]
+        conn.execute("ALTER SEQUENCE triojobs.job_ids RESTART")
+        conn.execute("ALTER SEQUENCE triojobs.outcome_nos RESTART")

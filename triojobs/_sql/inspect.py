@@ -16,13 +16,17 @@ __all__ = ["ended", "idle", "read_jobs"]
 READ_JOBS: Final = """
 SELECT s.id, s.queue, s.status, s.attempts, s.max_attempts, s.priority, s.run_at, s.key, s.metadata,
        s.group_id, s.enqueued_at, s.claimed_at, s.finished_at, s.last_error,
-       j.payload, j.encoding, j.deadline, o.result, o.encoding
+       j.payload, j.encoding, j.deadline, CASE WHEN s.status = 'done' THEN o.result END,
+       CASE WHEN s.status = 'done' THEN o.encoding END,
+       CASE WHEN l.id IS NOT NULL THEN l.claim_no WHEN s.finished_at IS NOT NULL THEN o.claim_no END,
+       CASE WHEN l.id IS NOT NULL THEN l.cancel_reason WHEN s.status = 'cancelled' THEN s.last_error END
 FROM unnest(%(ids)s::bigint[]) i
 CROSS JOIN LATERAL (SELECT * FROM {schema}.job_status v WHERE v.id = i OFFSET 0) s
 CROSS JOIN LATERAL (SELECT * FROM {schema}.jobs b WHERE b.id = i OFFSET 0) j
+LEFT JOIN LATERAL (SELECT * FROM {schema}.leases r WHERE r.id = i OFFSET 0) l ON true
 LEFT JOIN LATERAL (
-    SELECT x.result, x.encoding FROM {schema}.outcomes x
-    WHERE s.status = 'done' AND x.job_id = s.id ORDER BY x.no DESC LIMIT 1
+    SELECT x.result, x.encoding, x.claim_no FROM {schema}.outcomes x
+    WHERE s.finished_at IS NOT NULL AND x.job_id = i ORDER BY x.no DESC LIMIT 1
 ) o ON true
 """
 

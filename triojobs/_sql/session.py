@@ -12,12 +12,14 @@ __all__ = ["prepare_job_session", "prepare_session", "refuse_undeclared_pooler"]
 
 # READ COMMITTED whatever the role's default: close, rescue and retry need a new snapshot for each
 # statement. Generic plans: `LIMIT` with a parameter makes the planner try custom ones for ever (65 µs
-# a claim). No JIT: it would compile statements of microseconds. The server looks for a vanished
+# a claim). No sequential scans: a generic plan made while the tables were small would read them whole
+# for as long as the session lives. No JIT: it would compile statements of microseconds. The server looks for a vanished
 # client each second, so that a claim whose client is gone does not commit late.
 PREPARE: Final = """
 SELECT set_config(s.name, w.value, false)
 FROM (VALUES ('default_transaction_isolation', 'read committed'),
              ('plan_cache_mode', 'force_generic_plan'),
+             ('enable_seqscan', 'off'),
              ('jit', 'off'),
              ('client_connection_check_interval', '1s'),
              ('statement_timeout', %(statement_timeout)s),

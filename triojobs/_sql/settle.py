@@ -78,7 +78,8 @@ SELECT o.job_id, o.claim_no, o.status
 FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[])
      AS a(id, claim_no, outcome, error)
 JOIN {schema}.outcomes o ON o.job_id = a.id AND o.group_id = %(group_id)s AND o.claim_no = a.claim_no
-WHERE o.status = 'cancelled' OR (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
+WHERE (o.status = 'cancelled' AND a.outcome <> 'done')
+   OR (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
 """
 
 # What `Job.commit` writes last in the handler's own transaction.
@@ -129,7 +130,7 @@ def settle(
         "errors": [s.error for s in batch],
         "results": [s.result for s in batch],
         "encodings": [s.encoding for s in batch],
-        "delays": [s.delay for s in batch],
+        "delays": [float(s.delay) for s in batch],  # psycopg refuses lists of int and float
     }
     with conn.cursor(binary=True) as cursor:
         rows = cursor.execute(statement(SETTLE, schema), parameters).fetchall()

@@ -3,7 +3,8 @@
 Commands are imported when they are used, not before: `triojobs migrate` must work where the extras of
 another command are not installed, and `--help` must not wait for imports it does not need.
 
-Exit codes: 0 done, 1 refused or failed (one line `error: …` on stderr, no traceback), 2 wrong usage.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage; both with one line `error: …` on stderr and without
+a traceback. `demo` ends with 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from typing import IO, Any, Final
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from .._errors import TriojobsError
 
@@ -36,6 +38,12 @@ class Failure(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line to stderr."""
         click.echo(f"error: {' '.join(self.message.split())}", file=file, err=True)
+
+
+class Misuse(Failure):
+    """A command line that click refuses, also as one line."""
+
+    exit_code = 2
 
 
 class LazyGroup(click.Group):
@@ -62,6 +70,11 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except TriojobsError as exc:
             raise Failure(str(exc)) from exc
+        except click.UsageError as exc:
+            if isinstance(exc, NoArgsIsHelpError):
+                raise
+            command = (exc.ctx or ctx).command_path
+            raise Misuse(f"{exc.format_message().rstrip('.')}; see `{command} --help`") from exc
         except ImportError as exc:
             raise Failure(_missing(exc)) from exc
 

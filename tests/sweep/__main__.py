@@ -1,0 +1,68 @@
+"""Repeat one run, or sweep a mode: `python -m tests.sweep --mode cancel --seed 3 --k 117`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter
+
+from .harness import FAULTS, MODES, Case, Fault, run
+from .invariants import violations
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--k", type=int, help="inject before this step; without: never")
+    parser.add_argument("--k2", type=int, help="and once more before this one")
+    parser.add_argument("--fault", help=f"j:kind, the j-th call fails; kinds: {', '.join(FAULTS)}")
+    parser.add_argument("--isolation", choices=("slot", "task"), default="slot")
+    parser.add_argument("--all", action="store_true", help="every k; --step sets the stride")
+    parser.add_argument("--step", type=int, default=1)
+    asked = parser.parse_args()
+    fault = None
+    if asked.fault:
+        j, _, kind = asked.fault.partition(":")
+        fault = Fault(int(j), kind)
+    case = Case(asked.mode, asked.seed, asked.k, asked.k2, fault, asked.isolation)
+    if not asked.all:
+        return show(case)
+    return sweep(case, asked.step)
+
+
+def show(case: Case) -> int:
+    record = run(case)
+    print(f"{record.steps} steps, {len(record.calls)} calls, {record.ended_at:g} virtual seconds")
+    for j, call in enumerate(record.calls):
+        print(f"  call {j}: {call}")
+    for each in record.journal.runs:
+        print(f"  job {each.job_id} {each.kind}: attempt {each.attempt}, claim {each.fence[1]}, {each.ended}")
+    if record.error is not None:
+        traceback.print_exception(record.error)
+    found = violations(record)
+    print("\n".join(found) or "everything holds")
+    return bool(found)
+
+
+def sweep(case: Case, step: int) -> int:
+    base = run(Case(case.mode, case.seed, None, None, case.fault, case.isolation))
+    began, bad, names = time.perf_counter(), 0, Counter[str]()
+    print(f"K = {base.steps}, {len(base.calls)} calls")
+    for k in range(0, base.steps, step):
+        at_k = Case(case.mode, case.seed, k, None, case.fault, case.isolation)
+        found = violations(run(at_k))
+        if found:
+            bad += 1
+            names.update(what.split(":")[0] for what in found)
+            if bad <= 5:
+                print(at_k.command(), *found, sep="\n    ")
+    runs = len(range(0, base.steps, step))
+    print(f"{runs} runs, {bad} bad, {(time.perf_counter() - began) / runs * 1000:.1f} ms each; {dict(names)}")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
