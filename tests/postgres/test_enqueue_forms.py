@@ -224,7 +224,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("delay", {"delay": math.nan}),
     ("delay", {"delay": "5"}),
     ("delay", {"delay": True}),
-    ("run_at", {"run_at": dt.datetime(2030, 1, 1)}),  # noqa: DTZ001 - naive on purpose
+    ("run_at", {"run_at": dt.datetime(2030, 1, 1)}),
     ("run_at", {"run_at": 1_900_000_000.0}),
     ("run_at", {"run_at": FAR}),
     ("run_at", {"run_at": dt.datetime.now(dt.UTC), "delay": 1.0}),
@@ -237,7 +237,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("timeout", {"timeout": -1.0}),
     ("timeout", {"timeout": math.nan}),
     ("timeout", {"timeout": math.inf}),
-    ("deadline", {"deadline": dt.datetime(2030, 1, 1)}),  # noqa: DTZ001
+    ("deadline", {"deadline": dt.datetime(2030, 1, 1)}),
     ("key", {"key": "k" * 1025}),
     ("key", {"key": "é" * 513}),
     ("key", {"key": "nul\0"}),
