@@ -38,6 +38,7 @@ from trio_util import AsyncBool
 
 from ._backoff import reconnect_delay
 from ._client import Client
+from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
 from ._fetcher import Fetcher
 from ._flusher import Flusher
@@ -234,10 +235,11 @@ class WorkerGroup:
 
     @trio.lowlevel.enable_ki_protection
     async def _run_services(self, live: LiveRegistration, queues: Sequence[str], fetcher: Fetcher) -> None:
-        """Watch the lease and listen, until the registration is closed or the group is cancelled."""
+        """Watch the lease, compare and listen, until the registration is closed or the group is cancelled."""
         with live.service_scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_lease, live, self._store)
+                nursery.start_soon(compare_when_in_doubt, live, self._store, fetcher.look_anew)
                 if self._options.notify:
                     nursery.start_soon(self._store.listen, live.group_id, queues, fetcher)
 

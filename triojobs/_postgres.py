@@ -26,7 +26,7 @@ from ._sql import groups, inspect, notify, operate, settle
 from ._sql.failures import translate
 from ._sql.schema import check_schema
 from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
-from ._store import BeatEvents, ClaimOrder, ClaimReply, ListenEvents
+from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
 __all__ = ["PostgresStore"]
 
@@ -196,18 +196,28 @@ class PostgresStore:
             for claimed in claims:
                 got[claimed.queue] += 1
             self.notify_later(call, {q for q, n in promoted.items() if n > got.get(q, 0)})
-            return ClaimReply(got, promoted, due)
+            refused = not claims and not claim_sql.may_claim(
+                call.conn, self.schema, group_id=order.group_id, epoch=order.epoch
+            )
+            return ClaimReply(got, promoted, due, refused=refused)
 
         return await self._claim_line.run("claiming jobs", work)
 
-    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
-        def work(call: Call) -> int:
-            epoch, queues = groups.sweep_strays(call.conn, self.schema, group_id, known())
-            self.notify_later(call, set(queues))
-            # Without a row the group has been rescued; no epoch matches, and the next beat tells.
-            return -1 if epoch is None else epoch
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
+        def work(call: Call) -> Compared | None:
+            found = groups.compare(call.conn, self.schema, group_id, known)
+            if found is None:
+                return None
+            call.on_commit(lambda: missing(found.missing))
+            self.notify_later(call, found.queues)
+            return Compared(found.epoch, found.released)
 
-        return await self._claim_line.run("sweeping claims of unknown fate", work)
+        return await self._claim_line.run("comparing the leases of the worker group", work)
 
     async def mark_waiting(self, group_id: uuid.UUID, queues: Collection[str], waiting: bool) -> None:
         mark = notify.mark_waiting if waiting else notify.unmark_waiting
@@ -528,21 +538,23 @@ class BeatLoop:
     def _beat(self) -> bool:
         sent = clock()
         try:
-            requests = self._line.call(
+            found = self._line.call(
                 "beating", lambda call: groups.beat(call.conn, self._store.schema, self._group_id)
             )
         except DatabaseError as exc:
             self._lease.fail()
             log.warning("%s", exc, extra={"event": "beat_failed"})
             return True
-        if requests is None:
+        if found is None:
             if not self._control.stopped:  # once closing has begun, a closed row is no news
                 self._lease.lose()
                 self._events.lease_lost()
             return False
         self._lease.confirm(sent)
-        if requests:
-            self._events.cancel_requests(requests)
+        if not found.witnessed:
+            self._events.must_compare()
+        if found.requests:
+            self._events.cancel_requests(found.requests)
         return True
 
     def _rescue(self, call: Call) -> None:

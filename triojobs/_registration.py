@@ -26,7 +26,9 @@ class LiveRegistration:
     """Everything that belongs to one group id.
 
     Attributes written by → read by:
-        lease: beat thread → lease watcher. ledger: everybody. epoch, unknown_claim: fetcher → closing.
+        lease: beat thread → lease watcher. ledger: everybody.
+        epoch: comparison → fetcher. unknown_claim: fetcher, comparison → closing.
+        in_doubt: ledger and leases may differ; nothing is claimed. Fetcher, beats → comparison → fetcher.
         fetching, slots_alive (0 or 1), running: fetcher and slots → supervisor. lost: beats → supervisor.
         unanswered: (job id, claim_no) of claims whose settlement's reply was lost. Settler and closing.
         interrupted_at: Trio's clock when handlers began to be cancelled; a timeout that fires later
@@ -40,6 +42,7 @@ class LiveRegistration:
         self.ledger = Ledger(on_ended=self.unsettled.set)
         self.epoch = 1
         self.unknown_claim = False
+        self.in_doubt = AsyncBool(False)
         self.lost = AsyncBool(False)
         self.fetching = AsyncBool(False)
         self.beating = AsyncBool(False)
@@ -83,10 +86,17 @@ class LiveRegistration:
         self.interrupt_handlers(reason)
         self.lost.value = True
 
+    def doubt(self) -> None:
+        """Ledger and leases may differ: claim nothing until they were compared."""
+        self.in_doubt.value = True
+
     # BeatEvents. Called from the beat thread, so they only pass the news to the event loop.
 
     def lease_lost(self) -> None:
         self._token.run_sync_soon(self.lose, "this registration was closed by somebody else")
+
+    def must_compare(self) -> None:
+        self._token.run_sync_soon(self.doubt)
 
     def rescued(self, jobs: int) -> None:
         self._token.run_sync_soon(self._count_rescued, jobs)
