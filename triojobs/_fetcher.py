@@ -155,7 +155,7 @@ class Fetcher:
             promote=self._demand.queues if promote else (),
         )
         try:
-            reply = await self._store.claim(order, self._live.ledger.book)
+            reply = await self._store.claim(order, self._live.book)
         except trio.Cancelled:
             raise  # it was never sent
         except BaseException as exc:

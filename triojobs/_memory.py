@@ -23,6 +23,7 @@ import outcome
 import trio
 
 from ._backoff import reconnect_delay
+from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
@@ -318,7 +319,10 @@ class MemoryStore:
 
         await self._call("register", self._claim_line, effect, lease.confirm)
 
-    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
+    async def hold_lease(
+        self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
+    ) -> None:
+        # No thread: when the event loop does not turn, nobody is left to look at the beacon.
         group_id = registration.group_id
         control = self._beats.setdefault(group_id, BeatControl())
         line = trio.CapacityLimiter(1)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from ._beacon import Beacon
 from ._lease import Lease
 from ._model import (
     CancelRequest,
@@ -82,6 +83,8 @@ class BeatEvents(Protocol):
     def cancel_requests(self, requests: Sequence[CancelRequest]) -> None: ...
     def lease_lost(self) -> None: ...
     def must_compare(self) -> None: ...
+    def loop_blocked(self, seconds: float) -> None: ...
+    def loop_dead(self, seconds: float) -> None: ...
     def rescued(self, jobs: int) -> None: ...
 
 
@@ -122,8 +125,13 @@ class Store(Protocol):
     async def register(self, registration: Registration, lease: Lease) -> None:
         """Insert the group's row and confirm the lease."""
 
-    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
-        """Beat, deliver cancel requests and rescue dead groups, until `release_lease`."""
+    async def hold_lease(
+        self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
+    ) -> None:
+        """Beat, deliver cancel requests and rescue dead groups, until `release_lease`.
+
+        A store that beats in a thread watches `beacon` there, and gives the lease up when it is dead.
+        """
 
     def beat_now(self, group_id: uuid.UUID) -> None:
         """Ask for a beat at once (it returns the group's cancel requests)."""

@@ -15,6 +15,7 @@ from typing import Any, LiteralString, Protocol
 import psycopg
 import trio
 
+from triojobs._beacon import Beacon
 from triojobs._lease import Lease
 from triojobs._memory import MemoryDatabase, MemoryStore
 from triojobs._model import (
@@ -119,6 +120,10 @@ class Recorder:
     def must_compare(self) -> None:
         self._token.run_sync_soon(self._note, lambda: setattr(self, "doubts", self.doubts + 1))
 
+    def loop_blocked(self, seconds: float) -> None: ...
+
+    def loop_dead(self, seconds: float) -> None: ...
+
     def rescued(self, jobs: int) -> None:
         self._token.run_sync_soon(self._note, lambda: setattr(self, "jobs_rescued", self.jobs_rescued + jobs))
 
@@ -210,7 +215,7 @@ class Group:
 
         async def hold() -> None:
             with trio.CancelScope(shield=True):
-                await self.store.hold_lease(self.registration, self.lease, recorder)
+                await self.store.hold_lease(self.registration, self.lease, Beacon(), recorder)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hold)

@@ -135,7 +135,9 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
             "CLAIM",
             ("AND EXISTS (SELECT FROM {schema}.witnesses s WHERE s.group_id = %(group_id)s)", ""),
         ),
-        transition(transitions.test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing, "witness"),
+        transition(
+            transitions.test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing, "witness"
+        ),
     ),
     "a claim does not lock its group": (
         template(claim_sql, "CLAIM", ("    FOR KEY SHARE\n", "")),

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 import triojobs
+from triojobs._beacon import Beacon
 from triojobs._lease import Lease
 from triojobs._memory import MemoryDatabase, MemoryStore, MemoryTransaction
 from triojobs._model import Claim, JobStatus, NewRow, Outcome, Registration, Settled, Settlement
@@ -68,6 +69,10 @@ class Events:
         self.lost.set()
 
     def must_compare(self) -> None: ...
+
+    def loop_blocked(self, seconds: float) -> None: ...
+
+    def loop_dead(self, seconds: float) -> None: ...
 
     def rescued(self, jobs: int) -> None:
         self.jobs += jobs
@@ -229,7 +234,7 @@ async def test_beats_keep_a_lease_that_a_silent_group_loses(autojump_clock: trio
     events = Events()
     lease = lease_of(living)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(store.hold_lease, living, lease, events)
+        nursery.start_soon(store.hold_lease, living, lease, Beacon(), events)
         await trio.sleep(29.0)
         assert events.jobs == 0
         await trio.sleep(7.0)  # the lease of 30 s, and a round of rescue
@@ -253,7 +258,7 @@ async def test_failed_beats_are_repeated_soon(autojump_clock: trio.testing.MockC
     lease = lease_of(registration)
     lease.confirm(store.now())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(store.hold_lease, registration, lease, Events())
+        nursery.start_soon(store.hold_lease, registration, lease, Beacon(), Events())
         await trio.sleep(20.0)
         assert lease.until == 25.0  # still the first one
         failing = False
