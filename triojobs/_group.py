@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import trio
 from trio_util import AsyncBool
@@ -57,15 +57,14 @@ from ._options import GroupOptions
 from ._queue import Worker
 from ._registration import LiveRegistration
 from ._settler import Settler
-from ._stacks import stack_of_task
 from ._store import Store
+from ._stubborn import watch_handlers
 from ._version import VERSION
 
 __all__ = ["GroupContext", "WorkerGroup"]
 
 log = logging.getLogger("triojobs.group")
 
-STUBBORN_INTERVAL: Final = 10.0  # seconds between log records with the stacks of handlers that do not end
 IDLE_FIRST, IDLE_LAST = 0.05, 1.0  # seconds between looks of wait_idle
 
 
@@ -183,7 +182,12 @@ class WorkerGroup:
             margin=self._options.lease_margin,
             interval=self._options.beat_interval,
         )
-        live = LiveRegistration(record, lease, loop_dead_after=self._options.loop_death)
+        live = LiveRegistration(
+            record,
+            lease,
+            loop_dead_after=self._options.loop_death,
+            hard_stop=self._options.hard_stop,
+        )
         # Appended before the call: if its reply is lost, the closing closes this one too.
         self._registrations.append(live)
         try:
@@ -216,6 +220,7 @@ class WorkerGroup:
         start(Settler(live, self._store).run, name="triojobs settler")
         start(self._run_services, live, list(slots), fetcher, name="triojobs services")
         start(self._run_slots, live, slots, name="triojobs slots")
+        start(watch_handlers, live, slots, self._options, name="triojobs handlers' watch")
         start(fetcher.run, name="triojobs fetcher")
 
     @trio.lowlevel.enable_ki_protection
@@ -233,6 +238,7 @@ class WorkerGroup:
         finally:
             live.note_interruption()
             live.slots_alive.value = 0
+            live.watch_scope.cancel()
 
     @trio.lowlevel.enable_ki_protection
     async def _run_services(self, live: LiveRegistration, queues: Sequence[str], fetcher: Fetcher) -> None:
@@ -340,11 +346,7 @@ class WorkerGroup:
             live.interrupt_handlers("the worker group closes")
         for live in self._registrations:
             await live.fetching.wait_value(False)
-            while live.slots_alive.value:
-                with trio.move_on_after(STUBBORN_INTERVAL):
-                    await live.slots_alive.wait_value(0)
-                if live.slots_alive.value:
-                    self._log_stubborn(live)
+            await live.slots_alive.wait_value(0)
 
     async def _close(self, live: LiveRegistration, deadline: float) -> None:
         failures = 0
@@ -404,16 +406,6 @@ class WorkerGroup:
         live.service_scope.cancel()
         self._store.release_lease(live.group_id)
         await live.beating.wait_value(False)
-
-    def _log_stubborn(self, live: LiveRegistration) -> None:
-        for slots in self._slots[live].values():
-            for running in slots.running.values():
-                log.warning(
-                    "the handler of job %d does not end although it was cancelled; its lease is kept:\n%s",
-                    running.claim.job_id,
-                    stack_of_task(running.task),
-                    extra={"event": "handler_does_not_end", "job_id": running.claim.job_id},
-                )
 
     def _finish_report(self) -> None:
         settled: Counter[Outcome] = Counter()

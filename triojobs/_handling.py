@@ -43,10 +43,10 @@ RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handle
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One handler at work. Slot → cancel requests, shutdown log.
+    """One handler at work. Slot → cancel requests, the watch over handlers that do not end.
 
     `limit` is the bound that was set on the scope (Trio's clock); `limited_by_deadline` says which of
-    the two it is.
+    the two it is. `cancelled_at` is when a request cancelled it. `reports` and `given_up` are the watch's.
     """
 
     claim: Claim
@@ -56,6 +56,9 @@ class Running:
     limited_by_deadline: bool = False
     timeout: float = math.inf
     cancel_reason: str | None = None
+    cancelled_at: float = math.inf
+    reports: int = 0
+    given_up: bool = False
     started_at: float = field(default_factory=trio.current_time)
 
 
@@ -113,7 +116,9 @@ class Slots:
             return False
         if running.cancel_reason is None:
             running.cancel_reason = request.reason
+            running.cancelled_at = trio.current_time()
             running.scope.cancel(reason=request.reason)
+            self._live.handler_cancelled.set()
         return True
 
     # Slots.
