@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import threading
@@ -17,6 +16,7 @@ from psycopg.rows import tuple_row
 
 from ._backoff import reconnect_delay
 from ._beacon import Beacon
+from ._beats import BeatControl, BeatLoop
 from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, clock, run_in_thread
 from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
 from ._lease import Lease
@@ -35,7 +35,6 @@ __all__ = ["PostgresStore"]
 T = TypeVar("T")
 log = logging.getLogger("triojobs.postgres")
 
-PARTITION_INTERVAL: Final = 60.0  # seconds between looks whether new id ranges are needed
 LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
 UNKNOWN: Final = "unknown"  # the answer when that could not be found out
 CLIENT_CONNECTIONS: Final = 2  # one for the flusher's shared commits, one for reads and bulk
@@ -148,7 +147,7 @@ class PostgresStore:
     ) -> None:
         control = self._beats.setdefault(registration.group_id, BeatControl())
         line = self._line("heartbeat")
-        loop = BeatLoop(line, self, registration, lease, beacon, events, control)
+        loop = BeatLoop(line, self.schema, self.notify_later, registration, lease, beacon, events, control)
         try:
             await run_in_thread(loop.run, trio.CapacityLimiter(1))
         finally:
@@ -468,153 +467,6 @@ class CommitAttempt:
         if status == "done":
             self._committed()
         return status
-
-
-class BeatControl:
-    """How the event loop talks to a beat thread."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._poked = False
-        self._nudged = False
-        self.stopped = False
-
-    def poke(self) -> None:
-        """Have a beat at once."""
-        with self._changed:
-            self._poked = True
-            self._changed.notify()
-
-    def nudge(self) -> None:
-        """Have the loop think again about how long to wait."""
-        with self._changed:
-            self._nudged = True
-            self._changed.notify()
-
-    def stop(self) -> None:
-        """End the loop after the call in flight."""
-        with self._changed:
-            self.stopped = True
-            self._changed.notify()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until poked, nudged or stopped, or until `seconds` have passed; return whether poked."""
-        with self._changed:
-            if not self._poked and not self._nudged and not self.stopped:
-                self._changed.wait(max(0.0, seconds))
-            poked, self._poked, self._nudged = self._poked, False, False
-            return poked
-
-
-class BeatLoop:
-    """Beats, hands over cancel requests, watches the event loop, rescues dead groups; in a thread of its own.
-
-    A thread, because a beat that runs on the event loop dies with it: with the loop blocked for
-    10 s the gap was 10.2 s as a Trio task and 2.0 s as a thread. But a thread that beats for a loop
-    that never turns again would keep its jobs for ever: then it gives the lease up.
-    """
-
-    def __init__(
-        self,
-        line: Line,
-        store: PostgresStore,
-        registration: Registration,
-        lease: Lease,
-        beacon: Beacon,
-        events: BeatEvents,
-        control: BeatControl,
-    ) -> None:
-        self._line = line
-        self._store = store
-        self._group_id = registration.group_id
-        self._lease = lease
-        self._beacon = beacon
-        self._events = events
-        self._control = control
-        self._beat_at = lease.next_beat(clock())
-        self._look_at = math.inf
-        self._rescue_interval = min(5.0, registration.lease_duration / 6)
-        self._next_rescue = clock()  # the first round is at once: a restart after a crash wants its jobs
-        self._next_partitions = clock() + PARTITION_INTERVAL * random.random()
-
-    def run(self) -> None:
-        self._beacon.watched(self._control.nudge)
-        while True:
-            due = min(self._beat_at, self._next_rescue, self._look_at)
-            poked = self._control.wait(due - clock())
-            if self._control.stopped or not self._look():
-                return
-            if not poked and clock() < min(self._beat_at, self._next_rescue):
-                continue
-            # The beat always goes first: it keeps our own jobs, a rescue can wait.
-            if not self._beat():
-                return
-            self._beat_at = self._lease.next_beat(clock())
-            if clock() >= self._next_rescue:
-                self._next_rescue = clock() + self._rescue_interval * random.uniform(0.5, 1.0)
-                self._quietly("rescuing dead worker groups", self._rescue)
-            if clock() >= self._next_partitions:
-                self._next_partitions = clock() + PARTITION_INTERVAL * random.uniform(0.5, 1.5)
-                self._quietly("adding partitions", self._add_partitions)
-
-    def _look(self) -> bool:
-        """Look at the event loop when it is time to. False: it is dead, and its lease given up."""
-        now = clock()
-        if now >= self._look_at:
-            self._look_at = math.inf
-            if (seconds := self._beacon.look(now)) is not None:
-                self._events.loop_blocked(seconds)
-            if (seconds := self._beacon.dead_for) is not None:
-                self._lease.lose()
-                self._events.loop_dead(seconds)
-                return False
-        if self._look_at == math.inf:
-            self._look_at = self._beacon.next_look(now)
-        return True
-
-    def _beat(self) -> bool:
-        sent = clock()
-        try:
-            found = self._line.call(
-                "beating", lambda call: groups.beat(call.conn, self._store.schema, self._group_id)
-            )
-        except DatabaseError as exc:
-            self._lease.fail()
-            log.warning("%s", exc, extra={"event": "beat_failed"})
-            return True
-        if found is None:
-            if not self._control.stopped:  # once closing has begun, a closed row is no news
-                self._lease.lose()
-                self._events.lease_lost()
-            return False
-        self._lease.confirm(sent)
-        if not found.witnessed:
-            self._events.must_compare()
-        if found.requests:
-            self._events.cancel_requests(found.requests)
-        return True
-
-    def _rescue(self, call: Call) -> None:
-        found = groups.rescue(call.conn, self._store.schema)
-        if found.jobs:
-            log.warning(
-                "rescued %d job(s) of %d dead worker group(s)",
-                found.jobs,
-                len(found.groups),
-                extra={"event": "rescued", "groups": [str(g) for g in found.groups], "jobs": found.jobs},
-            )
-            call.on_commit(lambda: self._events.rescued(found.jobs))
-        self._store.notify_later(call, found.queues)
-
-    def _add_partitions(self, call: Call) -> None:
-        groups.add_partitions(call.conn, self._store.schema)
-
-    def _quietly(self, operation: str, fn: Callable[[Call], None]) -> None:
-        """Do a service to all groups; its failure is logged, and the next round comes."""
-        try:
-            self._line.call(operation, fn)
-        except DatabaseError as exc:
-            log.warning("%s", exc, extra={"event": "service_failed"})
 
 
 def enqueue_on_connection(
