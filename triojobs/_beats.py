@@ -89,6 +89,7 @@ class BeatLoop:
         self._control = control
         self._beat_at = lease.next_beat(clock())
         self._look_at = math.inf
+        self._reachable = True
         self._rescue_interval = min(5.0, registration.lease_duration / 6)
         self._next_rescue = clock()  # the first round is at once: a restart after a crash wants its jobs
         self._next_partitions = clock() + PARTITION_INTERVAL * random.random()
@@ -106,12 +107,13 @@ class BeatLoop:
             if not self._beat():
                 return
             self._beat_at = self._lease.next_beat(clock())
-            if clock() >= self._next_rescue:
-                self._next_rescue = clock() + self._rescue_interval * random.uniform(0.5, 1.0)
-                self._quietly("rescuing dead worker groups", self._rescue)
-            if clock() >= self._next_partitions:
-                self._next_partitions = clock() + PARTITION_INTERVAL * random.uniform(0.5, 1.5)
-                self._quietly("adding partitions", self._add_partitions)
+            now = clock()
+            if now >= self._next_rescue:
+                self._next_rescue = now + self._rescue_interval * random.uniform(0.5, 1.0)
+                self._serve("rescuing dead worker groups", self._rescue)
+            if now >= self._next_partitions:
+                self._next_partitions = now + PARTITION_INTERVAL * random.uniform(0.5, 1.5)
+                self._serve("adding partitions", self._add_partitions)
 
     def _look(self) -> bool:
         """Look at the event loop when it is time to. False: it is dead, and its lease given up."""
@@ -135,9 +137,11 @@ class BeatLoop:
                 "beating", lambda call: groups.beat(call.conn, self._schema, self._group_id)
             )
         except DatabaseError as exc:
+            self._reachable = False
             self._lease.fail()
-            log.warning("%s", exc, extra={"event": "beat_failed"})
+            log.warning("%s", exc, extra={"event": "beat_failed", "sqlstate": exc.sqlstate})
             return True
+        self._reachable = True
         if found is None:
             if not self._control.stopped:  # once closing has begun, a closed row is no news
                 self._lease.lose()
@@ -165,9 +169,15 @@ class BeatLoop:
     def _add_partitions(self, call: Call) -> None:
         groups.add_partitions(call.conn, self._schema)
 
-    def _quietly(self, operation: str, fn: Callable[[Call], None]) -> None:
-        """Do a service to all groups; its failure is logged, and the next round comes."""
+    def _serve(self, operation: str, fn: Callable[[Call], None]) -> None:
+        """Do a service to all groups; its failure is logged, and the next round comes.
+
+        Not while we shut down or the server does not answer: a closing waits for the call in flight.
+        """
+        if self._control.stopped or not self._reachable:
+            return
         try:
             self._line.call(operation, fn)
         except DatabaseError as exc:
+            self._reachable = False
             log.warning("%s", exc, extra={"event": "service_failed"})

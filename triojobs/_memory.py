@@ -353,7 +353,7 @@ class MemoryStore:
             found = await self._call("beat", line, lambda: self._tables.beat(group_id, self.now()))
         except DatabaseError as exc:
             lease.fail()
-            log.warning("%s", exc, extra={"event": "beat_failed"})
+            log.warning("%s", exc, extra={"event": "beat_failed", "sqlstate": exc.sqlstate})
             return True
         if found is None:
             if not control.stopped:  # once closing has begun, a closed row is no news

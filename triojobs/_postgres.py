@@ -24,8 +24,9 @@ from ._listener import listen
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
-from ._sql import groups, inspect, notify, operate, settle
+from ._sql import groups, inspect, notify, operate, server, settle
 from ._sql.failures import translate
+from ._sql.hosts import Hosts
 from ._sql.schema import check_schema
 from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
@@ -66,6 +67,7 @@ class PostgresStore:
         self.schema = schema
         self._call_timeout = call_timeout
         self._conninfo = conninfo
+        self._hosts = Hosts(conninfo)
         self._pooled = pooled
         self._notify = notify
         self._pid = os.getpid()
@@ -76,7 +78,7 @@ class PostgresStore:
         self._settle_line = self._line("settle")
         self._client_line = self._line("client", size=CLIENT_CONNECTIONS)
         self._job_line = self._line("job", size=job_connections, prepare=prepare_job_session)
-        self._listen_line = self._line("listen", conninfo=listen_conninfo or conninfo, pooled=False)
+        self._listen_line = self._line("listen", conninfo=listen_conninfo, pooled=False)
 
     def _line(
         self,
@@ -102,6 +104,7 @@ class PostgresStore:
             prepare=prepare_connection,
             size=size,
             pooled=pooled,
+            hosts=None if conninfo else self._hosts,
         )
 
     def now(self) -> float:
@@ -178,7 +181,16 @@ class PostgresStore:
         return await self._listen_line.take_out("connecting to listen")
 
     async def _probe(self, conn: psycopg.Connection[Any]) -> None:
-        await self._listen_line.run_on(conn, "probing the listener", lambda c: c.execute("SELECT 1"))
+        def work(conn: psycopg.Connection[Any]) -> None:
+            if server.is_read_only(conn):  # nobody can notify there; among several hosts is the right one
+                raise DatabaseError(
+                    "the server has become read-only",
+                    operation="probing the listener",
+                    sqlstate="25006",
+                    transient=True,
+                )
+
+        await self._listen_line.run_on(conn, "probing the listener", work)
 
     async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
         def work(call: Call) -> ClaimReply:
