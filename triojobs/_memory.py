@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import math
 import random as random_module
 import uuid
 from collections import deque
@@ -151,6 +152,20 @@ class MemoryDatabase:
     def rows_running(self, group_id: uuid.UUID) -> list[int]:
         """Return the ids of the jobs that run under this registration."""
         return sorted(row.id for row in self.tables.leases.values() if row.group_id == group_id)
+
+    def make_up(self, row: NewRow, *, attempt: int, last_error: str) -> int:
+        """Enqueue a job whose attempts before `attempt` have failed; return its id."""
+        now, tables = self.clock(), self.tables
+        job_id = tables.enqueue([row], now)[0].id
+        maker = Registration(uuid.uuid4(), "made up", "nowhere", 0, "0", lease_duration=1.0)
+        tables.register(maker, now)
+        for claim_no in range(1, attempt):
+            tables.lease(job_id, maker.group_id, claim_no, now)
+            failed = Settlement(job_id, claim_no, Outcome.FAILED, error=last_error)
+            tables.settle(maker.group_id, [failed], now)
+            tables.promote([row.queue], now)
+        tables.close_group(maker.group_id, now)
+        return job_id
 
     def retire(self, group_id: uuid.UUID) -> int:
         """Do what a rescuer does to a group whose lease has ended; return the number of its jobs."""
@@ -563,8 +578,9 @@ class MemoryStore:
         if status != "done":
             raise StaleClaimError(claim.job_id, operation="committing") from exc
 
-    async def idle(self, queues: Collection[str]) -> bool:
-        return await self._call("idle", self._client_line, lambda: self._tables.idle(queues, self.now()))
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
+        until = math.inf if scheduled else self.now()
+        return await self._call("idle", self._client_line, lambda: self._tables.idle(queues, until))
 
     # The client.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import heapq
 import json
+import math
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -293,8 +294,8 @@ class Tables:
         moved = heapq.nsmallest(PROMOTE_LIMIT, due, key=lambda row: (row.run_at, row.id))
         for row in moved:
             self.ready[row.id] = self.scheduled.pop(row.id)
-        left = [row.run_at for row in mine if row.id in self.scheduled]
-        return Counter(row.queue for row in moved), min(left) - now if left else None
+        due_at = self.next_due(queues)
+        return Counter(row.queue for row in moved), None if due_at == math.inf else due_at - now
 
     def claim(
         self, group_id: uuid.UUID, epoch: int, claim_no: int, wants: Mapping[str, int], now: float
@@ -306,7 +307,7 @@ class Tables:
             line = (row for row in self.ready.values() if row.queue == queue)
             taken += heapq.nsmallest(want, line, key=lambda row: row.place)
         taken.sort(key=lambda row: row.place)
-        return [self._lease(self.ready.pop(row.id), group_id, claim_no, now) for row in taken]
+        return [self.lease(row.id, group_id, claim_no, now) for row in taken]
 
     def may_claim(self, group_id: uuid.UUID, epoch: int) -> bool:
         """Return whether a claim of this group could match rows at all."""
@@ -315,7 +316,9 @@ class Tables:
             return False
         return group_id in self.witnesses
 
-    def _lease(self, row: WaitingRow, group_id: uuid.UUID, claim_no: int, now: float) -> Claim:
+    def lease(self, job_id: int, group_id: uuid.UUID, claim_no: int, now: float) -> Claim:
+        """Claim this one, which is due."""
+        row = self.ready.pop(job_id)
         fence = (row.id, group_id, claim_no)
         assert fence not in self._fences, f"claim {fence} was made before"
         assert row.id not in self.leases, f"job {row.id} runs already"
@@ -653,6 +656,10 @@ class Tables:
             or any(row.queue in queues and row.run_at <= now for row in self.scheduled.values())
             or any(row.queue in queues for row in self.leases.values())
         )
+
+    def next_due(self, queues: Collection[str]) -> float:
+        """Return when the earliest scheduled row of these queues is due; infinity: there is none."""
+        return min((row.run_at for row in self.scheduled.values() if row.queue in queues), default=math.inf)
 
     # What must always hold.
 

@@ -320,9 +320,10 @@ class PostgresStore:
                     await trio.sleep(pause)
         raise AssertionError  # a shield swallows nothing
 
-    async def idle(self, queues: Collection[str]) -> bool:
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
         return await self._client_line.run(
-            "looking whether the queues are idle", lambda call: inspect.idle(call.conn, self.schema, queues)
+            "looking whether the queues are idle",
+            lambda call: inspect.idle(call.conn, self.schema, queues, scheduled=scheduled),
         )
 
     # The client.

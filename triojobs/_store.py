@@ -202,8 +202,8 @@ class Store(Protocol):
             StaleClaimError: the claim has ended; everything was rolled back.
         """
 
-    async def idle(self, queues: Collection[str]) -> bool:
-        """Return whether nothing due or running is left in these queues, anywhere."""
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
+        """Return whether nothing due or running (or `scheduled` for later) is left in these queues, anywhere."""
 
     # The client.
 
