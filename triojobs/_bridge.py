@@ -274,8 +274,8 @@ class Line:
 
     Args:
         prepare: called with each new connection (session settings).
-        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction and
-            leaves nothing behind in the session.
+        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction, begins with
+            `begin` (settings that travel in it), and leaves nothing behind in the session.
         hosts: those of `conninfo`, shared by lines that may learn from each other who answers.
     """
 
@@ -289,6 +289,7 @@ class Line:
         prepare: Callable[[psycopg.Connection[Any]], None],
         size: int = 1,
         pooled: bool = False,
+        begin: Callable[[psycopg.Connection[Any]], None] = lambda conn: None,
         hosts: Hosts | None = None,
     ) -> None:
         self.role = role
@@ -298,6 +299,7 @@ class Line:
         self._call_timeout = call_timeout
         self._prepare = prepare
         self._pooled = pooled
+        self._begin = begin
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
         self._closed = False
@@ -444,12 +446,8 @@ class Line:
         raise AssertionError  # the last attempt returns or raises
 
     def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
-        milliseconds = int(self._call_timeout * 1000)
         with call.conn.transaction():
-            call.conn.execute(
-                "SELECT set_config('statement_timeout', %(t)s, true), set_config('lock_timeout', '2s', true)",
-                {"t": f"{milliseconds}ms"},
-            )
+            self._begin(call.conn)
             return fn(call)
 
     def _take_idle(self) -> psycopg.Connection[Any] | None:

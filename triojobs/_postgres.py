@@ -8,6 +8,7 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
@@ -28,7 +29,7 @@ from ._sql import groups, inspect, notify, operate, server, settle
 from ._sql.failures import translate
 from ._sql.hosts import Hosts
 from ._sql.schema import check_schema
-from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
+from ._sql.session import begin_transaction, prepare_job_session, prepare_session, refuse_undeclared_pooler
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
 __all__ = ["PostgresStore"]
@@ -73,11 +74,12 @@ class PostgresStore:
         self._pid = os.getpid()
         self._breaker = Breaker()
         self._beats: dict[uuid.UUID, BeatControl] = {}
+        self._deafness_told = False
         self._can_listen = notify and (not pooled or listen_conninfo is not None)
         self._claim_line = self._line("claim")
         self._settle_line = self._line("settle")
         self._client_line = self._line("client", size=CLIENT_CONNECTIONS)
-        self._job_line = self._line("job", size=job_connections, prepare=prepare_job_session)
+        self._job_line = self._line("job", size=job_connections, users=True)
         self._listen_line = self._line("listen", conninfo=listen_conninfo, pooled=False)
 
     def _line(
@@ -87,23 +89,33 @@ class PostgresStore:
         size: int = 1,
         conninfo: str | None = None,
         pooled: bool | None = None,
-        prepare: Callable[..., None] = prepare_session,
+        users: bool = False,
     ) -> Line:
+        """Make a line; `users`: it carries the user's own statements."""
         pooled = self._pooled if pooled is None else pooled
 
-        def prepare_connection(conn: psycopg.Connection[Any]) -> None:
+        def prepare(conn: psycopg.Connection[Any]) -> None:
             refuse_undeclared_pooler(conn, declared=pooled)
-            if not pooled:
-                prepare(conn, call_timeout=self._call_timeout)
+            if pooled:
+                return
+            if users:
+                prepare_job_session(conn)
+            else:
+                prepare_session(conn, call_timeout=self._call_timeout)
+
+        def begin(conn: psycopg.Connection[Any]) -> None:
+            if not users:
+                begin_transaction(conn, call_timeout=self._call_timeout)
 
         return Line(
             role,
             conninfo or self._conninfo,
             self._breaker,
             call_timeout=self._call_timeout,
-            prepare=prepare_connection,
+            prepare=prepare,
             size=size,
             pooled=pooled,
+            begin=begin,
             hosts=None if conninfo else self._hosts,
         )
 
@@ -166,6 +178,13 @@ class PostgresStore:
 
     async def listen(self, group_id: uuid.UUID, queues: Collection[str], events: ListenEvents) -> None:
         if not self._can_listen:
+            if self._notify and not self._deafness_told:
+                self._deafness_told = True
+                log.warning(
+                    "LISTEN does not work through a pooler in transaction mode, so this group polls; pass "
+                    "listen_conninfo=, a direct one, or notify=False",
+                    extra={"event": "cannot_listen"},
+                )
             await trio.sleep_forever()
         await listen(
             schema=self.schema,
@@ -527,7 +546,13 @@ class SyncStore:
                 prepare_session(conn, call_timeout=call_timeout)
 
         self._line = Line(
-            "sync client", conninfo, self._breaker, call_timeout=call_timeout, prepare=prepare, pooled=pooled
+            "sync client",
+            conninfo,
+            self._breaker,
+            call_timeout=call_timeout,
+            prepare=prepare,
+            pooled=pooled,
+            begin=partial(begin_transaction, call_timeout=call_timeout),
         )
 
     def run(self, operation: str, fn: Callable[[Call], T]) -> T:
