@@ -29,7 +29,13 @@ from ._sql import groups, inspect, notify, operate, server, settle
 from ._sql.failures import translate
 from ._sql.hosts import Hosts
 from ._sql.schema import check_schema
-from ._sql.session import begin_transaction, prepare_job_session, prepare_session, refuse_undeclared_pooler
+from ._sql.session import (
+    begin_transaction,
+    prepare_job_session,
+    prepare_session,
+    refuse_deaf_conninfo,
+    refuse_undeclared_pooler,
+)
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
 __all__ = ["PostgresStore"]
@@ -74,6 +80,7 @@ class PostgresStore:
         self._pid = os.getpid()
         self._breaker = Breaker()
         self._beats: dict[uuid.UUID, BeatControl] = {}
+        self._listen_conninfo = listen_conninfo
         self._deafness_told = False
         self._can_listen = notify and (not pooled or listen_conninfo is not None)
         self._claim_line = self._line("claim")
@@ -95,9 +102,12 @@ class PostgresStore:
         pooled = self._pooled if pooled is None else pooled
 
         def prepare(conn: psycopg.Connection[Any]) -> None:
-            refuse_undeclared_pooler(conn, declared=pooled)
             if pooled:
                 return
+            if conninfo is None:
+                refuse_undeclared_pooler(conn)
+            else:
+                refuse_deaf_conninfo(conn)
             if users:
                 prepare_job_session(conn)
             else:
@@ -132,6 +142,12 @@ class PostgresStore:
 
     async def open(self) -> None:
         await self._client_line.run("connecting", lambda call: check_schema(call.conn, self.schema))
+        if self._listen_conninfo is not None and self._can_listen:
+            try:  # the listener will take this connection
+                await self._listen_line.run("connecting to listen", lambda call: None)
+            except DatabaseError as exc:
+                if not exc.transient:
+                    raise
 
     async def aclose(self) -> None:
         for line in (
@@ -541,8 +557,8 @@ class SyncStore:
         self._lock = threading.Lock()
 
         def prepare(conn: psycopg.Connection[Any]) -> None:
-            refuse_undeclared_pooler(conn, declared=pooled)
             if not pooled:
+                refuse_undeclared_pooler(conn)
                 prepare_session(conn, call_timeout=call_timeout)
 
         self._line = Line(

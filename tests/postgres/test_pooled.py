@@ -181,6 +181,36 @@ async def test_a_pooler_that_was_not_declared_is_refused_at_start_with_the_remed
         await trio.to_thread.run_sync(lambda: triojobs.SyncClient(bouncer.conninfo).__enter__())
 
 
+async def test_listening_through_a_pooler_is_refused_at_start(bouncer: Pooler) -> None:
+    with pytest.raises(
+        triojobs.DatabaseError, match="listen_conninfo leads through a connection pooler"
+    ) as caught:
+        async with triojobs.open_worker_group(
+            bouncer.conninfo,
+            [triojobs.Worker(plain, answer)],
+            pooled=True,
+            listen_conninfo=bouncer.conninfo,
+        ):
+            raise AssertionError("must not open")
+    assert not caught.value.transient
+    assert "server's own host and port" in caught.value.hint
+
+
+async def test_a_listening_server_that_is_away_does_not_keep_a_group_from_opening(
+    bouncer: Pooler, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with triojobs.open_worker_group(
+        bouncer.conninfo,
+        [triojobs.Worker(plain, answer)],
+        pooled=True,
+        listen_conninfo="host=127.0.0.1 port=1 user=nobody dbname=none",
+        **SHORT,
+    ) as group:
+        with trio.fail_after(PATIENCE):
+            assert await group.client.result(await group.client.enqueue(plain, 1), plain) == 1
+    assert told(caplog, "listen_failed")
+
+
 def test_a_program_without_trio_works_through_a_pooler(bouncer: Pooler) -> None:
     with triojobs.SyncClient(bouncer.conninfo, pooled=True) as client:
         job_id = client.enqueue(plain, "x", key="k")

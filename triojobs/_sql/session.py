@@ -8,7 +8,13 @@ import psycopg
 
 from .._errors import DatabaseError
 
-__all__ = ["begin_transaction", "prepare_job_session", "prepare_session", "refuse_undeclared_pooler"]
+__all__ = [
+    "begin_transaction",
+    "prepare_job_session",
+    "prepare_session",
+    "refuse_deaf_conninfo",
+    "refuse_undeclared_pooler",
+]
 
 # READ COMMITTED whatever the role's default: close, rescue and retry need a new snapshot for each
 # statement. Generic plans: `LIMIT` with a parameter makes the planner try custom ones for ever (65 µs
@@ -69,10 +75,8 @@ def prepare_job_session(conn: psycopg.Connection[Any]) -> None:
     conn.execute(PREPARE_JOB)
 
 
-def refuse_undeclared_pooler(conn: psycopg.Connection[Any], *, declared: bool) -> None:
-    """Raise DatabaseError when a pooler sits in between that was not declared with `pooled=True`."""
-    if declared:
-        return
+def refuse_undeclared_pooler(conn: psycopg.Connection[Any]) -> None:
+    """Raise DatabaseError when a pooler sits in between, for a conninfo that was not declared `pooled=True`."""
     row = conn.execute("SELECT pg_backend_pid()").fetchone()
     if row is not None and conn.info.backend_pid != row[0]:
         raise DatabaseError(
@@ -80,3 +84,15 @@ def refuse_undeclared_pooler(conn: psycopg.Connection[Any], *, declared: bool) -
             operation="connecting",
             hint="pass pooled=True (and listen_conninfo=, a direct one), or connect to the server directly",
         )
+
+
+def refuse_deaf_conninfo(conn: psycopg.Connection[Any]) -> None:
+    """Raise DatabaseError when `listen_conninfo` leads through a pooler, where no notification arrives."""
+    try:
+        refuse_undeclared_pooler(conn)
+    except DatabaseError:
+        raise DatabaseError(
+            "listen_conninfo leads through a connection pooler, where no notification arrives",
+            operation="connecting to listen",
+            hint="give the server's own host and port, or leave it out and poll",
+        ) from None
