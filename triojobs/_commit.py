@@ -1,0 +1,163 @@
+"""`Job.commit` and `Job.transact` on PostgreSQL: the user's work, then the fence, then COMMIT.
+
+The work runs in a thread, on a connection of its own, in one transaction. Last in the transaction
+stands the fence: the lease of this claim is deleted and its outcome written (`commit`), or it is locked
+(`transact`); when it is gone, everything is rolled back. So nothing of ours is locked while the
+user's work runs, and a claim that has ended meanwhile writes nothing.
+
+The ledger hears of the end in the thread, right after COMMIT: a cancel or a timeout that came in
+between loses. A COMMIT whose reply is lost is resolved by looking for the outcome of this claim.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+import psycopg
+import trio
+from psycopg.rows import tuple_row
+
+from ._backoff import reconnect_delay
+from ._bridge import BrokenOff, Call, Line, clock
+from ._errors import DatabaseError, StaleClaimError, TriojobsError
+from ._model import Claim
+from ._sql import settle
+
+__all__ = ["CommitAttempt", "commit"]
+
+log = logging.getLogger("triojobs.commit")
+
+LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
+UNKNOWN: Final = "unknown"  # the answer when that could not be found out
+
+
+async def commit(attempt: CommitAttempt, *, on: Line, look_on: Line) -> Any:
+    """Run an attempt once and return the value of its work, or raise what became of it."""
+    try:
+        return await on.run_breakable(f"committing job {attempt.claim.job_id}", attempt.run)
+    except BrokenOff:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        raise
+    except DatabaseError as exc:
+        if not attempt.fenced:
+            exc.committed = False  # COMMIT was never sent
+        if exc.committed is None and attempt.completing:
+            # The reply to COMMIT is lost: look for this claim's outcome before anybody is told.
+            status = await _outcome_of(attempt, look_on)
+            if status == "done":
+                return attempt.value
+            if status not in (None, UNKNOWN):
+                raise StaleClaimError(attempt.claim.job_id, operation="committing") from exc
+            if status is None:
+                exc.committed = False
+        await trio.lowlevel.checkpoint_if_cancelled()  # it failed because it was broken off
+        if attempt.failure is None:
+            raise
+    raise attempt.failure  # what `work` raised, as it was raised
+
+
+async def _outcome_of(attempt: CommitAttempt, line: Line) -> str | None:
+    """Find out how this claim ended: a status, None for not at all, UNKNOWN when nobody answers."""
+    deadline = clock() + LOOK_TIME
+    failures = 0
+    with trio.CancelScope(shield=True):
+        while True:
+            try:
+                return await line.run(
+                    f"looking for the outcome of job {attempt.claim.job_id}",
+                    attempt.look,
+                    deadline=deadline,
+                )
+            except DatabaseError as exc:
+                log.warning("%s", exc, extra={"event": "look_failed"})
+                failures += 1
+                pause = reconnect_delay(failures, random.random)
+                if not exc.transient or clock() + pause >= deadline:
+                    return UNKNOWN
+                await trio.sleep(pause)
+    raise AssertionError  # a shield swallows nothing
+
+
+class CommitAttempt:
+    """The thread's side of `Job.commit`: the user's work, then the fence, then COMMIT."""
+
+    def __init__(
+        self,
+        schema: str,
+        claim: Claim,
+        work: Callable[[Any], Any],
+        encode: Callable[[Any], tuple[bytes, str]] | None,
+        committed: Callable[[], None],
+    ) -> None:
+        self.claim = claim
+        self.value: Any = None
+        self.fenced = False
+        self.failure: BaseException | None = None
+        self._schema = schema
+        self._work = work
+        self._encode = encode
+        self._committed = committed
+
+    @property
+    def completing(self) -> bool:
+        """Whether it ends the claim."""
+        return self._encode is not None
+
+    def run(self, call: Call) -> Any:
+        claim = self.claim
+        job_id, group_id, claim_no = claim.job_id, claim.group_id, claim.claim_no
+        with call.conn.transaction():
+            data = self._do_work(call)
+            if data is None:
+                held = settle.hold_lease(
+                    call.conn, self._schema, job_id=job_id, group_id=group_id, claim_no=claim_no
+                )
+            else:
+                held = settle.settle_one_done(
+                    call.conn,
+                    self._schema,
+                    job_id=job_id,
+                    group_id=group_id,
+                    claim_no=claim_no,
+                    result=data[0],
+                    encoding=data[1],
+                )
+            if not held:
+                raise StaleClaimError(
+                    claim.job_id, operation="committing" if self.completing else "transacting"
+                )
+            self.fenced = True
+            if data is not None:
+                call.on_commit(self._committed)
+        return self.value
+
+    def _do_work(self, call: Call) -> tuple[bytes, str] | None:
+        conn = call.conn
+        with call.unguarded():
+            try:
+                self.value = self._work(conn)
+            except BaseException as exc:
+                self.failure = exc
+                raise
+            finally:
+                # The next job finds the connection as we opened it.
+                conn.row_factory, conn.cursor_factory = tuple_row, psycopg.Cursor
+            if conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+                raise TriojobsError(
+                    f"the work of job {self.claim.job_id} ended the transaction itself",
+                    operation="committing",
+                    hint="leave COMMIT and ROLLBACK to Job.commit and Job.transact",
+                )
+            return None if self._encode is None else self._encode(self.value)
+
+    def look(self, call: Call) -> str | None:
+        claim = self.claim
+        status = settle.outcome_of_claim(
+            call.conn, self._schema, job_id=claim.job_id, group_id=claim.group_id, claim_no=claim.claim_no
+        )
+        if status == "done":
+            self._committed()
+        return status
