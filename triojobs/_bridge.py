@@ -271,6 +271,7 @@ class Line:
 
     Args:
         prepare: called with each new connection (session settings).
+        restore: called with a connection after each call; undoes what the user's work left behind.
         pooled: behind PgBouncer in transaction mode: each call is one explicit transaction and
             leaves nothing behind in the session.
     """
@@ -283,6 +284,7 @@ class Line:
         *,
         call_timeout: float,
         prepare: Callable[[psycopg.Connection[Any]], None],
+        restore: Callable[[psycopg.Connection[Any]], None] | None = None,
         size: int = 1,
         pooled: bool = False,
     ) -> None:
@@ -291,6 +293,7 @@ class Line:
         self._breaker = breaker
         self._call_timeout = call_timeout
         self._prepare = prepare
+        self._restore = restore
         self._pooled = pooled
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
@@ -332,6 +335,8 @@ class Line:
     async def run_breakable(self, operation: str, fn: Callable[[Call], T]) -> T:
         """Run `fn` once, breaking it off when the caller is cancelled while `call.guarded` is False.
 
+        `fn` makes its transaction itself: settings of ours would bound the user's statements in it.
+
         A value that comes back in spite of a cancel is returned: its commit has happened. An error that
         comes back may be the cancel's doing: the caller decides.
         """
@@ -367,7 +372,9 @@ class Line:
 
     async def _run_once(self, operation: str, fn: Callable[[Call], T]) -> T:
         return await trio.to_thread.run_sync(
-            partial(self.call, operation, fn, retries=0), limiter=self._limiter, abandon_on_cancel=False
+            partial(self.call, operation, fn, retries=0, own_transaction=True),
+            limiter=self._limiter,
+            abandon_on_cancel=False,
         )
 
     def call(
@@ -377,8 +384,9 @@ class Line:
         deadline: float | None = None,
         *,
         retries: int = RETRIES,
+        own_transaction: bool = False,
     ) -> T:
-        """Run `fn` in this thread. See `run`."""
+        """Run `fn` in this thread. See `run` and `run_breakable`."""
         if os.getpid() != self._pid:
             raise TriojobsError(
                 f"process {os.getpid()} uses connections of its parent {self._pid}",
@@ -392,13 +400,15 @@ class Line:
             latest = now + _usable(deadline - now)
             limit = min(limit, latest)
         conn = self._take(operation, limit)
+        if self._pooled and not own_transaction:
+            fn = partial(self._in_transaction, fn=fn)
         try:
             return self._attempts(operation, fn, conn, limit, latest, retries)
         finally:
-            if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
-                conn.close()
-            else:
+            if self._reusable(conn):
                 self._idle.append(conn)
+            else:
+                conn.close()
 
     def close(self) -> None:
         """Close the connections: idle ones now, others after their call."""
@@ -421,18 +431,39 @@ class Line:
             call = Call(conn, limit, self._call_timeout, latest)
             try:
                 with self._breaker.watch(call):
-                    result = self._in_transaction(call, fn) if self._pooled else fn(call)
+                    result = fn(call)
                     call.finish()
                 return result
             except psycopg.Error as exc:
                 if exc.sqlstate in RECONNECT:
                     conn.close()
                 pause = random.uniform(0.01, 0.1)
-                if exc.sqlstate in RETRY and attempt < retries and clock() + pause < limit:
+                again = exc.sqlstate in RETRY and attempt < retries and not call.breaking
+                if again and clock() + pause < limit:
                     time.sleep(pause)
                     continue
                 raise translate(exc, operation=operation) from exc
+            finally:
+                if call.breaking:
+                    # The call has ended by itself, and the cancel that was sent for it is still on
+                    # its way: it would hit whatever this connection does next.
+                    conn.close()
         raise AssertionError  # the last attempt returns or raises
+
+    def _reusable(self, conn: psycopg.Connection[Any]) -> bool:
+        """Whether the next call may have this connection; restores it for that."""
+        if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+            return False
+        if self._restore is None or self._pooled:
+            return True
+        call = Call(conn, clock() + self._call_timeout, self._call_timeout)
+        try:
+            with self._breaker.watch(call):
+                self._restore(conn)
+        except psycopg.Error as exc:
+            log.debug("a connection is not used again: %s", exc, extra={"event": "not_restored"})
+            return False
+        return not call.breaking
 
     def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
         milliseconds = int(self._call_timeout * 1000)
@@ -467,6 +498,7 @@ class Line:
 
 
 IDLE: Final = psycopg.pq.TransactionStatus.IDLE
+PREPARE_THRESHOLD: Final = 2  # uses of a statement before the server keeps its plan
 
 
 def connect(
@@ -477,7 +509,7 @@ def connect(
         conninfo,
         operation=operation,
         application_name=f"triojobs {role}",
-        prepare_threshold=None if pooled else 2,
+        prepare_threshold=None if pooled else PREPARE_THRESHOLD,
         connect_timeout=max(CONNECT_TIMEOUT_LEAST, int(seconds)),
         **KEEPALIVE,
     )

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import psycopg
 import trio
-from psycopg.rows import tuple_row
+from psycopg.pq import TransactionStatus
 
 from ._backoff import reconnect_delay
 from ._bridge import BrokenOff, Call, Line, clock
@@ -107,35 +107,24 @@ class CommitAttempt:
         return self._encode is not None
 
     def run(self, call: Call) -> Any:
-        claim = self.claim
-        job_id, group_id, claim_no = claim.job_id, claim.group_id, claim.claim_no
+        """Work, fence and COMMIT; in a thread."""
         with call.conn.transaction():
             data = self._do_work(call)
-            if data is None:
-                held = settle.hold_lease(
-                    call.conn, self._schema, job_id=job_id, group_id=group_id, claim_no=claim_no
-                )
-            else:
-                held = settle.settle_one_done(
-                    call.conn,
-                    self._schema,
-                    job_id=job_id,
-                    group_id=group_id,
-                    claim_no=claim_no,
-                    result=data[0],
-                    encoding=data[1],
-                )
-            if not held:
+            if not self._fence(call.conn, data):
                 raise StaleClaimError(
-                    claim.job_id, operation="committing" if self.completing else "transacting"
+                    self.claim.job_id, operation="committing" if self.completing else "transacting"
                 )
             self.fenced = True
-            if data is not None:
+            if self.completing:
                 call.on_commit(self._committed)
+        if self.failure is not None:  # psycopg.Rollback: the block swallows it
+            raise self.failure
         return self.value
 
     def _do_work(self, call: Call) -> tuple[bytes, str] | None:
+        """Run the user's function; return its value as the result's bytes and encoding, for `commit`."""
         conn = call.conn
+        as_opened = conn.row_factory, conn.cursor_factory, conn.prepare_threshold
         with call.unguarded():
             try:
                 self.value = self._work(conn)
@@ -143,15 +132,44 @@ class CommitAttempt:
                 self.failure = exc
                 raise
             finally:
-                # The next job finds the connection as we opened it.
-                conn.row_factory, conn.cursor_factory = tuple_row, psycopg.Cursor
-            if conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+                # The fence, and the next job, find the connection as we opened it.
+                conn.row_factory, conn.cursor_factory, conn.prepare_threshold = as_opened
+            self._check_transaction(call)
+            return None if self._encode is None else self._encode(self.value)
+
+    def _check_transaction(self, call: Call) -> None:
+        match call.conn.pgconn.transaction_status:
+            case TransactionStatus.IDLE:
                 raise TriojobsError(
                     f"the work of job {self.claim.job_id} ended the transaction itself",
                     operation="committing",
                     hint="leave COMMIT and ROLLBACK to Job.commit and Job.transact",
                 )
-            return None if self._encode is None else self._encode(self.value)
+            case TransactionStatus.INERROR if call.unwanted:
+                raise BrokenOff  # work has swallowed that it was cancelled
+            case TransactionStatus.INERROR:
+                raise TriojobsError(
+                    f"the work of job {self.claim.job_id} went on after an error of the database",
+                    operation="committing",
+                    hint="what may fail goes into a savepoint: `with conn.transaction(): …`",
+                )
+
+    def _fence(self, conn: psycopg.Connection[Any], data: tuple[bytes, str] | None) -> bool:
+        """Hold the claim, or end it with its result. False: it has ended."""
+        claim = self.claim
+        job_id, group_id, claim_no = claim.job_id, claim.group_id, claim.claim_no
+        if data is None:
+            return settle.hold_lease(conn, self._schema, job_id=job_id, group_id=group_id, claim_no=claim_no)
+        result, encoding = data
+        return settle.settle_one_done(
+            conn,
+            self._schema,
+            job_id=job_id,
+            group_id=group_id,
+            claim_no=claim_no,
+            result=result,
+            encoding=encoding,
+        )
 
     def look(self, call: Call) -> str | None:
         claim = self.claim

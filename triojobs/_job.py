@@ -152,9 +152,29 @@ class Job(Generic[PayloadT]):
                 operation="calling triojobs",
                 hint="call it from the handler's task; in a thread use a connection of your own",
             )
-        if not callable(work) or inspect.iscoroutinefunction(work):
-            raise OptionError("work", work, "a synchronous function of one psycopg connection")
-        return self._port.commit_work(self._claim, work, completing=completing)
+        return self._port.commit_work(self._claim, _synchronous(work), completing=completing)
+
+
+def _synchronous(work: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Return `work`, checked before the call and by what it returns.
+
+    Calling what is asynchronous, or a generator, would not run its body: it would commit nothing, and say
+    nothing.
+    """
+    limit = "a synchronous function of one psycopg connection"
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+    if not callable(work) or any(is_kind(f) for is_kind in kinds for f in (work, type(work).__call__)):
+        raise OptionError("work", work, limit)
+
+    def call(conn: Any) -> T:
+        value = work(conn)
+        if inspect.isawaitable(value):
+            if inspect.iscoroutine(value):
+                value.close()  # nobody will ever start it
+            raise OptionError("work", work, limit)
+        return value
+
+    return call
 
 
 def _utc(seconds: float) -> dt.datetime:

@@ -24,7 +24,12 @@ from ._sql import enqueue as enqueue_sql
 from ._sql import groups, inspect, notify, operate, settle
 from ._sql.failures import translate
 from ._sql.schema import check_schema
-from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
+from ._sql.session import (
+    prepare_job_session,
+    prepare_session,
+    refuse_undeclared_pooler,
+    restore_job_session,
+)
 from ._store import BeatEvents, ClaimOrder, ClaimReply, ListenEvents
 
 __all__ = ["PostgresStore"]
@@ -71,7 +76,9 @@ class PostgresStore:
         self._claim_line = self._line("claim")
         self._settle_line = self._line("settle")
         self._client_line = self._line("client", size=CLIENT_CONNECTIONS)
-        self._job_line = self._line("job", size=job_connections, prepare=prepare_job_session)
+        self._job_line = self._line(
+            "job", size=job_connections, prepare=prepare_job_session, restore=restore_job_session
+        )
         self._listen_line = self._line("listen", conninfo=listen_conninfo or conninfo, pooled=False)
 
     def _line(
@@ -82,6 +89,7 @@ class PostgresStore:
         conninfo: str | None = None,
         pooled: bool | None = None,
         prepare: Callable[..., None] = prepare_session,
+        restore: Callable[[psycopg.Connection[Any]], None] | None = None,
     ) -> Line:
         pooled = self._pooled if pooled is None else pooled
 
@@ -96,6 +104,7 @@ class PostgresStore:
             self._breaker,
             call_timeout=self._call_timeout,
             prepare=prepare_connection,
+            restore=restore,
             size=size,
             pooled=pooled,
         )

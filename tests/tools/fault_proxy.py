@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from psycopg import conninfo as conninfos
 
@@ -88,12 +89,18 @@ class FaultProxy:
         self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]
     ) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                self._flowing.wait()
-                sink.sendall(data)
+            self._flow(source, sink, pair)
         _close(pair)
         with self._lock:
             self._pairs.discard(pair)
+
+    def _flow(
+        self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        """Forward one direction until its end."""
+        while data := source.recv(65536):
+            self._flowing.wait()
+            sink.sendall(data)
 
 
 def _close(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -103,8 +110,11 @@ def _close(pair: tuple[socket.socket, socket.socket]) -> None:
         end.close()
 
 
+Proxy = TypeVar("Proxy", bound=FaultProxy)
+
+
 @contextlib.contextmanager
-def fault_proxy(conninfo: str) -> Iterator[tuple[FaultProxy, str]]:
+def fault_proxy(conninfo: str, kind: type[Proxy] = FaultProxy) -> Iterator[tuple[Proxy, str]]:  # type: ignore[assignment]
     """Yield a proxy in front of `conninfo`'s server, and the conninfo that leads through it."""
     given = conninfos.conninfo_to_dict(conninfo)
     host, port = str(given.get("host", "")), str(given.get("port", "5432"))
@@ -112,7 +122,7 @@ def fault_proxy(conninfo: str) -> Iterator[tuple[FaultProxy, str]]:
     with tempfile.TemporaryDirectory(
         prefix="tjp", dir="/tmp" if Path("/tmp").is_dir() else None
     ) as directory:
-        proxy = FaultProxy(target, directory)
+        proxy = kind(target, directory)
         try:
             yield proxy, conninfos.make_conninfo(conninfo, host=directory, port=PORT)
         finally:
