@@ -300,6 +300,11 @@ class Line:
         self._closed = False
         self._pid = os.getpid()
 
+    @property
+    def longest_call(self) -> float:
+        """Seconds after which a call of ours has ended, whatever happened to it."""
+        return self._call_timeout + CANCEL_WAIT
+
     async def run(self, operation: str, fn: Callable[[Call], T], *, deadline: float | None = None) -> T:
         """Run `fn` in a thread, on one of the connections.
 
@@ -350,6 +355,7 @@ class Line:
                 self._breaker.break_off(call)
             return fn(call)
 
+        @trio.lowlevel.enable_ki_protection
         async def watch() -> None:
             nonlocal cancelled
             try:

@@ -12,6 +12,7 @@ between loses. A COMMIT whose reply is lost is resolved by looking for the outco
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable
 from typing import Any, Final
@@ -60,25 +61,29 @@ async def commit(attempt: CommitAttempt, *, on: Line, look_on: Line) -> Any:
 
 
 async def _outcome_of(attempt: CommitAttempt, line: Line) -> str | None:
-    """Find out how this claim ended: a status, None for not at all, UNKNOWN when nobody answers."""
-    deadline = clock() + LOOK_TIME
-    failures = 0
+    """Find out how this claim ended: a status, None for not at all, UNKNOWN when nobody answers.
+
+    Who is cancelled waits no longer for fence, COMMIT and look together than for any call: leaving a
+    group has a bound. The settlement that the closing writes finds what could not be found here.
+    """
+    deadline = clock() + min(LOOK_TIME, line.longest_call)
+    if trio.current_effective_deadline() == -math.inf:
+        deadline = min(deadline, attempt.fence_began + line.longest_call)
+    failures, pause = 0, 0.0
     with trio.CancelScope(shield=True):
-        while True:
+        while clock() + pause < deadline:
+            await trio.sleep(pause)
             try:
                 return await line.run(
-                    f"looking for the outcome of job {attempt.claim.job_id}",
-                    attempt.look,
-                    deadline=deadline,
+                    f"looking for the outcome of job {attempt.claim.job_id}", attempt.look, deadline=deadline
                 )
             except DatabaseError as exc:
                 log.warning("%s", exc, extra={"event": "look_failed"})
-                failures += 1
-                pause = reconnect_delay(failures, random.random)
-                if not exc.transient or clock() + pause >= deadline:
-                    return UNKNOWN
-                await trio.sleep(pause)
-    raise AssertionError  # a shield swallows nothing
+                if not exc.transient:
+                    break
+            failures += 1
+            pause = reconnect_delay(failures, random.random)
+    return UNKNOWN
 
 
 class CommitAttempt:
@@ -95,6 +100,7 @@ class CommitAttempt:
         self.claim = claim
         self.value: Any = None
         self.fenced = False
+        self.fence_began = math.inf  # by the bridge's clock
         self.failure: BaseException | None = None
         self._schema = schema
         self._work = work
@@ -110,6 +116,7 @@ class CommitAttempt:
         """Work, fence and COMMIT; in a thread."""
         with call.conn.transaction():
             data = self._do_work(call)
+            self.fence_began = clock()
             if not self._fence(call.conn, data):
                 raise StaleClaimError(
                     self.claim.job_id, operation="committing" if self.completing else "transacting"

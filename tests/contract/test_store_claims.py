@@ -273,10 +273,24 @@ async def test_a_settlement_may_be_repeated_after_a_lost_reply(
 async def test_an_ended_claim_does_not_end_otherwise(store: Store, group: Group) -> None:
     answer = await enqueue_one(store)
     claim = await group.claim_one()
-    await group.end(claim, Outcome.DONE)
-    assert await group.end(claim, Outcome.FAILED, error="x") is None
+    await group.end(claim, Outcome.FAILED, error="x")
+    assert await group.end(claim, Outcome.DONE) is None
     assert await group.end(claim, Outcome.RELEASED) is None
-    assert await status(store, answer.id) == "done"
+    assert await group.end(claim, Outcome.FAILED, error="y") is None
+    assert await status(store, answer.id) == "failed"
+
+
+@pytest.mark.parametrize("asked", [Outcome.FAILED, Outcome.KILLED, Outcome.RELEASED, Outcome.SNOOZED])
+async def test_whatever_is_asked_for_a_claim_that_is_done_the_answer_is_done(
+    store: Store, group: Group, asked: Outcome
+) -> None:
+    """Only the group itself writes done: the reply to its commit was lost."""
+    answer = await enqueue_one(store)
+    claim = await group.claim_one()
+    await group.end(claim, Outcome.DONE)
+    before = await read(store, answer.id)
+    assert await group.end(claim, asked, error="x" if asked is Outcome.FAILED else None) is Outcome.DONE
+    assert await read(store, answer.id) == before
 
 
 # Cancelling by id.

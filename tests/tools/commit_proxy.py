@@ -79,6 +79,13 @@ class CommitProxy(FaultProxy):
         self._gates.append(gate)
         return gate
 
+    def cut_job_connections(self) -> None:
+        """Reset the connections that jobs work on, and nothing else."""
+        for pair in list(self._job_pairs):
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         for gate in self._gates:
             gate.cut()
