@@ -1,25 +1,15 @@
-"""The tests of `job.commit` are sharp: each rule is broken once, and a named test must notice.
-
-A mutant is one changed place of the production code, made from its source; the test is one of the other
-files, called here and expected to fail.
-"""
+"""The tests of `job.commit` are sharp: each rule is broken once, and a named test must notice."""
 
 from __future__ import annotations
-
-import inspect
-import sys
-import textwrap
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
 
 import pytest
 import test_commit as basics
 import test_commit_connections as connections
 import test_commit_races as races
-import trio
 
-from tests.tools.commit_proxy import CommitProxy, commit_proxy
+from tests.tools.commit_proxy import commit_proxy
 from tests.tools.looking import rows
+from tests.tools.mutants import Mutant, code, noticed, sql
 from tests.tools.running import NOTES
 from triojobs import _commit, _handling, _postgres
 from triojobs._bridge import Breaker, Call, Line
@@ -27,57 +17,13 @@ from triojobs._commit import CommitAttempt
 from triojobs._ledger import Ledger
 from triojobs._sql import session, settle
 
-Patch = Callable[[pytest.MonkeyPatch], None]
-
-
-class Stage:
-    """What a test may ask for."""
-
-    def __init__(self, conninfo: str, proxied: tuple[CommitProxy, str], patch: pytest.MonkeyPatch) -> None:
-        self.conninfo = conninfo
-        self.proxied = proxied
-        self.monkeypatch = patch
-
-    async def play(self, test: Callable[..., Awaitable[None]], **values: Any) -> None:
-        wanted = {name: getattr(self, name, None) for name in inspect.signature(test).parameters}
-        await test(**(wanted | values))
-
-
-def code(owner: Any, name: str, *changes: tuple[str, str]) -> Patch:
-    """A mutant of one function: its source with each change made, in its own module."""
-
-    def apply(patch: pytest.MonkeyPatch) -> None:
-        function = getattr(owner, name)
-        source = textwrap.dedent(inspect.getsource(function))
-        for old, new in changes:
-            assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
-            source = source.replace(old, new)
-        made: dict[str, Any] = {}
-        exec(compile(source, f"<mutant of {name}>", "exec"), vars(sys.modules[function.__module__]), made)
-        patch.setattr(owner, name, made[name])
-
-    return apply
-
-
-def sql(module: Any, name: str, old: str, new: str) -> Patch:
-    """A mutant of one statement."""
-
-    def apply(patch: pytest.MonkeyPatch) -> None:
-        text = getattr(module, name)
-        assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
-        patch.setattr(module, name, text.replace(old, new))
-
-    return apply
-
-
 DROPPED = code(
     Line,
     "run_breakable",
     ("return result.unwrap()", "await trio.lowlevel.checkpoint()\n    return result.unwrap()"),
 )
 
-# name: the mutant, the test that must notice it, and the test's parameters
-MUTANTS: dict[str, tuple[Patch, Callable[..., Awaitable[None]], dict[str, Any]]] = {
+MUTANTS: dict[str, Mutant] = {
     "a stale commit passes": (
         code(
             CommitAttempt,
@@ -256,31 +202,14 @@ def conninfo(database: str) -> str:
     return database
 
 
-@pytest.fixture
-def stage(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    with commit_proxy(conninfo) as proxied:
-        yield Stage(conninfo, proxied, monkeypatch)
-
-
-def leaves(exc: BaseException) -> Iterator[BaseException]:
-    if isinstance(exc, BaseExceptionGroup):
-        for inner in exc.exceptions:
-            yield from leaves(inner)
-    else:
-        yield exc
-
-
 @pytest.mark.parametrize("mutant", MUTANTS)
 async def test_a_mutant_is_noticed(
-    mutant: str, stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mutant: str, conninfo: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     patch, test, values = MUTANTS[mutant]
-    stage.caplog = caplog  # type: ignore[attr-defined]
     monkeypatch.setattr(races, "HANG", 12.0)
     monkeypatch.setattr(races, "LONG", 3)
     patch(monkeypatch)
-    with pytest.raises(BaseException) as caught:  # noqa: PT011 - looked at below
-        await stage.play(test, **values)
-    noticed = (AssertionError, pytest.fail.Exception, trio.TooSlowError, trio.Cancelled)
-    for leaf in leaves(caught.value):
-        assert isinstance(leaf, noticed) or type(leaf).__module__.startswith("triojobs"), repr(leaf)
+    with commit_proxy(conninfo) as proxied:
+        fixtures = {"conninfo": conninfo, "proxied": proxied, "monkeypatch": monkeypatch, "caplog": caplog}
+        await noticed(test, **(fixtures | values))
