@@ -40,6 +40,7 @@ log = logging.getLogger("triojobs.bridge")
 
 CANCEL_WAIT: Final = 1.0  # seconds that the server gets to obey a cancel before the socket is shut
 RETRIES: Final = 5  # repetitions after a deadlock, a serialization failure or a lock timeout
+RESTORE_TIME: Final = 1.0  # seconds for a statement of 60 µs
 CONNECT_TIMEOUT_LEAST: Final = 2  # seconds; libpq's minimum
 KEEPALIVE: Final = {
     # Both are needed: keepalives see a peer that is gone while we wait, tcp_user_timeout one that
@@ -462,7 +463,8 @@ class Line:
             return False
         if self._restore is None or self._pooled:
             return True
-        call = Call(conn, clock() + self._call_timeout, self._call_timeout)
+        # Somebody waits for the value of the call before: rather lose the connection than be long.
+        call = Call(conn, clock() + min(self._call_timeout, RESTORE_TIME), self._call_timeout)
         try:
             with self._breaker.watch(call):
                 self._restore(conn)

@@ -123,7 +123,9 @@ class Job(Generic[PayloadT]):
         One transaction, fenced by this claim: if the job has moved on, nothing is written. What
         `work` returns is the job's result; what the handler does afterwards changes nothing.
         `work` is called at most once, must not commit or roll back (savepoints with
-        `conn.transaction()` are fine), and may enqueue with `enqueue_on(conn, …)`.
+        `conn.transaction()` are fine), may enqueue with `enqueue_on(conn, …)`, and is bounded by the
+        job's timeout and deadline alone. Our part comes last in the same transaction, with the rights
+        of the role that is set then.
 
         Returns:
             What `work` returned.
@@ -131,6 +133,7 @@ class Job(Generic[PayloadT]):
         Raises:
             StaleClaimError: the job moved on; everything was rolled back.
             DatabaseError: see its `committed`. EncodeError: the value is no result of this queue.
+            OptionError: `work` is no synchronous function.
             Anything that `work` raises; everything was rolled back.
 
         Cancellation: while it waits for a connection, nothing has happened; while `work` runs, its
@@ -141,7 +144,9 @@ class Job(Generic[PayloadT]):
     def transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> Awaitable[T]:
         """Run `work(conn)` in a thread and commit its writes, if this claim still owns the job.
 
-        Like `commit`, but the job goes on: the writes survive a later failure of the handler.
+        Like `commit`, but the job goes on: the writes survive a later failure of the handler, and of the
+        job's other attempts each writes again. When the reply to the COMMIT is lost, nobody can tell:
+        the DatabaseError has `committed` None.
         """
         return self._commit_work("transact", work, completing=False)
 

@@ -14,7 +14,7 @@ import trio
 
 import triojobs
 from tests.tools.commit_proxy import commit_proxy
-from tests.tools.looking import places, rows, value
+from tests.tools.looking import places, rows, until, value
 from tests.tools.running import (
     NOTES,
     follow_ups,
@@ -136,6 +136,27 @@ async def test_transact_then_commit_write_both(conninfo: str) -> None:
     ended = await run_job(conninfo, handler)
     assert ended.info.status == "done"
     assert notes(conninfo) == ["first", "second"]
+
+
+async def test_a_follow_up_wakes_who_sleeps_on_its_queue(conninfo: str) -> None:
+    """Its enqueue is part of our transaction, and so is the notification: nobody polls meanwhile."""
+    followed: list[int] = []
+
+    async def handler(job: triojobs.Job[Any]) -> None:
+        await job.commit(lambda conn: triojobs.enqueue_on(conn, follow_ups, job.id))
+
+    async def follow(job: triojobs.Job[Any]) -> None:
+        followed.append(job.payload)
+
+    workers = [triojobs.Worker(plain, handler), triojobs.Worker(follow_ups, follow)]
+    async with triojobs.open_worker_group(conninfo, workers, listening_poll_interval=3600.0) as group:
+        await until(conninfo, "SELECT count(*) = 2 FROM triojobs.waiting")
+        await trio.testing.wait_all_tasks_blocked()
+        job_id = await group.client.enqueue(plain, None)
+        with trio.fail_after(15):
+            while not followed:
+                await trio.sleep(0.005)
+    assert followed == [job_id]
 
 
 # What the handler does after its commit.
