@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from psycopg import conninfo as conninfos
 
@@ -89,18 +88,12 @@ class FaultProxy:
         self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]
     ) -> None:
         with contextlib.suppress(OSError):
-            self._flow(source, sink, pair)
+            while data := source.recv(65536):
+                self._flowing.wait()
+                sink.sendall(data)
         _close(pair)
         with self._lock:
             self._pairs.discard(pair)
-
-    def _flow(
-        self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]
-    ) -> None:
-        """Forward one direction until its end."""
-        while data := source.recv(65536):
-            self._flowing.wait()
-            sink.sendall(data)
 
 
 def _close(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -110,11 +103,8 @@ def _close(pair: tuple[socket.socket, socket.socket]) -> None:
         end.close()
 
 
-Proxy = TypeVar("Proxy", bound=FaultProxy)
-
-
 @contextlib.contextmanager
-def fault_proxy(conninfo: str, kind: type[Proxy] = FaultProxy) -> Iterator[tuple[Proxy, str]]:  # type: ignore[assignment]
+def fault_proxy(conninfo: str) -> Iterator[tuple[FaultProxy, str]]:
     """Yield a proxy in front of `conninfo`'s server, and the conninfo that leads through it."""
     given = conninfos.conninfo_to_dict(conninfo)
     host, port = str(given.get("host", "")), str(given.get("port", "5432"))
@@ -122,7 +112,7 @@ def fault_proxy(conninfo: str, kind: type[Proxy] = FaultProxy) -> Iterator[tuple
     with tempfile.TemporaryDirectory(
         prefix="tjp", dir="/tmp" if Path("/tmp").is_dir() else None
     ) as directory:
-        proxy = kind(target, directory)
+        proxy = FaultProxy(target, directory)
         try:
             yield proxy, conninfos.make_conninfo(conninfo, host=directory, port=PORT)
         finally:
