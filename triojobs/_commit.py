@@ -32,6 +32,7 @@ __all__ = ["CommitAttempt", "commit"]
 log = logging.getLogger("triojobs.commit")
 
 LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
+SHORTEST_LOOK: Final = 0.2  # seconds; with less left it is not worth a call
 UNKNOWN: Final = "unknown"  # the answer when that could not be found out
 
 
@@ -71,7 +72,7 @@ async def _outcome_of(attempt: CommitAttempt, line: Line) -> str | None:
         deadline = min(deadline, attempt.fence_began + line.longest_call)
     failures, pause = 0, 0.0
     with trio.CancelScope(shield=True):
-        while clock() + pause < deadline:
+        while clock() + pause + SHORTEST_LOOK < deadline:
             await trio.sleep(pause)
             try:
                 return await line.run(

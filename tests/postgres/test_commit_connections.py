@@ -13,7 +13,7 @@ import trio
 from psycopg.rows import dict_row
 
 import triojobs
-from tests.tools.looking import rows, until, value
+from tests.tools.looking import blocked, locked, rows, until, value
 from tests.tools.running import NOTES, note, notes, outcomes, plain, run_job
 from triojobs._bridge import Call
 
@@ -217,17 +217,17 @@ async def test_call_timeout_does_not_bound_work(conninfo: str, where: str, poole
     async def handler(job: triojobs.Job[Any]) -> None:
         def work(conn: psycopg.Connection[Any]) -> None:
             if where == "in the server":
-                conn.execute("SELECT pg_sleep(1.2)")
+                conn.execute("SELECT pg_sleep(2.3)")
             elif where == "in Python":
-                time.sleep(1.2)
+                time.sleep(2.3)
             else:
                 conn.execute("SELECT 1")
-                time.sleep(1.2)
+                time.sleep(2.3)
             note(conn, job)
 
         await job.commit(work)
 
-    ended = await run_job(conninfo, handler, job={"max_attempts": 1}, call_timeout=0.5, pooled=pooled)
+    ended = await run_job(conninfo, handler, job={"max_attempts": 1}, call_timeout=1.5, pooled=pooled)
     assert (ended.info.status, ended.info.error) == ("done", None)
     assert notes(conninfo) == ["work"]
 
@@ -277,23 +277,23 @@ async def test_a_fence_that_must_wait_too_long_is_broken_off_by_call_timeout(con
 async def test_a_cancel_that_comes_late_does_not_hit_the_next_work(
     conninfo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server is asked to cancel a statement of job one; it ends by itself; then job two works."""
-    send_cancel = threading.Event()
-    sent = threading.Event()
+    """The server is to cancel a statement of job one; it ends by itself; then job two works."""
+    asked, send_cancel, sent = threading.Event(), threading.Event(), threading.Event()
     cancel_on_server = Call.cancel_on_server
 
     def late(call: Call) -> None:
+        asked.set()
         send_cancel.wait(15)
         cancel_on_server(call)
         sent.set()
 
     monkeypatch.setattr(Call, "cancel_on_server", late)
 
-    async def handler(job: triojobs.Job[Any]) -> Any:
+    async def handler(job: triojobs.Job[Any]) -> None:
         if job.payload == "first":
-            with trio.move_on_after(0.1):
-                await job.transact(lambda conn: conn.execute("SELECT pg_sleep(0.4)"))
-            return None
+            with first_job:
+                await job.transact(lambda conn: conn.execute("SELECT pg_advisory_xact_lock(1)"))
+            return
 
         def work(conn: psycopg.Connection[Any]) -> None:
             send_cancel.set()
@@ -301,13 +301,19 @@ async def test_a_cancel_that_comes_late_does_not_hit_the_next_work(
             assert sent.wait(15)
             conn.execute("SELECT pg_sleep(0.3)")
 
-        return await job.commit(work)
+        await job.commit(work)
 
-    async with triojobs.open_worker_group(
-        conninfo, [triojobs.Worker(plain, handler, concurrency=1)]
-    ) as group:
-        first = await group.client.enqueue(plain, "first", max_attempts=1)
-        second = await group.client.enqueue(plain, "second", max_attempts=1)
-        with trio.fail_after(15):
-            await group.client.result(first)
-            await group.client.result(second)
+    first_job = trio.CancelScope()
+    workers = [triojobs.Worker(plain, handler, concurrency=1)]
+    with locked(conninfo, "SELECT pg_advisory_xact_lock(1)") as gate:
+        async with triojobs.open_worker_group(conninfo, workers) as group:
+            ids = await group.client.enqueue_many(plain, ["first", triojobs.NewJob("second", max_attempts=1)])
+            await blocked(conninfo, "job")
+            first_job.cancel()
+            with trio.fail_after(15):
+                while not asked.is_set():
+                    await trio.sleep(0.005)
+            gate.rollback()  # its statement ends before the cancel is on its way
+            with trio.fail_after(30):
+                for job_id in ids:
+                    await group.client.result(job_id)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import test_commit as basics
 import test_commit_connections as connections
+import test_commit_lost_replies as lost
 import test_commit_races as races
+import test_commit_shutdown as shutdown
 
-from tests.tools.commit_proxy import commit_proxy
+from tests.tools import committing
+from tests.tools.commit_proxy import CommitProxy
 from tests.tools.looking import rows
 from tests.tools.mutants import Mutant, code, noticed, sql
 from tests.tools.running import NOTES
@@ -57,12 +60,12 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "a settlement does not recognise what a commit has done": (
         sql(settle, "WRITTEN_BEFORE", "o.status = 'done'\n   OR ", ""),
-        races.test_when_nobody_answers_the_handler_is_told_that_it_is_not_known,
+        lost.test_when_nobody_answers_the_handler_is_told_that_it_is_not_known,
         {"happened": True},
     ),
     "a value that comes back in spite of a cancel is dropped": (
         DROPPED,
-        races.test_a_group_cancelled_between_commit_and_return_keeps_what_was_committed,
+        shutdown.test_a_group_cancelled_between_commit_and_return_keeps_what_was_committed,
         {"method": "commit"},
     ),
     "a timeout drops the value that comes back": (
@@ -72,37 +75,37 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "a commit is abandoned when it is cancelled": (
         code(Line, "_run_once", ("abandon_on_cancel=False", "abandon_on_cancel=True")),
-        races.test_a_group_cancelled_before_the_server_sees_commit_waits_for_it,
+        shutdown.test_a_group_cancelled_before_the_server_sees_commit_waits_for_it,
         {},
     ),
     "a cancel does not break work off": (
         code(Breaker, "break_off", ("if not call.done and not call.guarded:", "if False:")),
-        races.test_a_group_cancelled_while_work_runs_cancels_its_statement_on_the_server,
+        shutdown.test_a_group_cancelled_while_work_runs_cancels_its_statement_on_the_server,
         {},
     ),
     "nobody looks after a COMMIT without reply": (
-        code(_commit, "_outcome_of", ("while clock() + pause < deadline:", "while False:")),
-        races.test_a_commit_without_reply_that_happened_is_found,
+        code(_commit, "_outcome_of", ("while clock() + pause + SHORTEST_LOOK < deadline:", "while False:")),
+        lost.test_a_commit_without_reply_that_happened_is_found,
         {},
     ),
     "a look does not wait for a commit that is under way": (
         sql(settle, "LOCK_LEASE", "FOR UPDATE", ""),
-        races.test_a_look_for_the_outcome_waits_for_a_commit_that_is_still_under_way,
+        lost.test_a_look_for_the_outcome_waits_for_a_commit_that_is_still_under_way,
         {},
     ),
     "a COMMIT without reply counts as failed": (
         code(_postgres, "commit", ('if status == "done":', "if False:")),
-        races.test_a_commit_without_reply_that_happened_is_found,
+        lost.test_a_commit_without_reply_that_happened_is_found,
         {},
     ),
     "a COMMIT that did not happen counts as done": (
         code(_postgres, "commit", ('if status == "done":', 'if status in ("done", None):')),
-        races.test_a_commit_without_reply_that_did_not_happen_says_so,
+        lost.test_a_commit_without_reply_that_did_not_happen_says_so,
         {"how": "cut"},
     ),
     "a commit without reply and without outcome is not told apart": (
         code(_postgres, "commit", ("if status is None:", "if False:")),
-        races.test_a_commit_without_reply_that_did_not_happen_says_so,
+        lost.test_a_commit_without_reply_that_did_not_happen_says_so,
         {"how": "cut"},
     ),
     "who is cancelled looks as long as anybody": (
@@ -111,7 +114,7 @@ MUTANTS: dict[str, Mutant] = {
             "_outcome_of",
             ("deadline = min(deadline, attempt.fence_began + line.longest_call)", "pass"),
         ),
-        races.test_a_cancelled_commit_in_a_black_hole_ends_when_any_call_of_ours_would,
+        lost.test_a_cancelled_commit_in_a_black_hole_does_not_look_when_its_time_is_used_up,
         {},
     ),
     "work is repeated": (
@@ -204,12 +207,15 @@ def conninfo(database: str) -> str:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 async def test_a_mutant_is_noticed(
-    mutant: str, conninfo: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mutant: str,
+    conninfo: str,
+    proxied: tuple[CommitProxy, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     patch, test, values = MUTANTS[mutant]
-    monkeypatch.setattr(races, "HANG", 12.0)
-    monkeypatch.setattr(races, "LONG", 3)
+    monkeypatch.setattr(committing, "HANG", 12.0)
+    monkeypatch.setattr(committing, "LONG", 3)
     patch(monkeypatch)
-    with commit_proxy(conninfo) as proxied:
-        fixtures = {"conninfo": conninfo, "proxied": proxied, "monkeypatch": monkeypatch, "caplog": caplog}
-        await noticed(test, **(fixtures | values))
+    fixtures = {"conninfo": conninfo, "proxied": proxied, "monkeypatch": monkeypatch, "caplog": caplog}
+    await noticed(test, **(fixtures | values))
