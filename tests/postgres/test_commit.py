@@ -208,7 +208,7 @@ async def test_a_timeout_after_the_commit_changes_nothing(
         await job.commit(lambda conn: "in time")
         await trio.sleep_forever()
 
-    ended = await run_job(conninfo, handler, job={"timeout": 1.0, "max_attempts": 1})
+    ended = await run_job(conninfo, handler, job={"timeout": 3.0, "max_attempts": 1})
     assert (ended.info.status, ended.info.result, ended.info.attempts) == ("done", "in time", 1)
     assert ended.report.settled == {"done": 1, "failed": 0, "killed": 0, "cancelled": 0, "snoozed": 0}
     assert "stale" not in events(caplog)
@@ -222,7 +222,7 @@ async def test_a_slot_is_used_again_after_a_commit(conninfo: str) -> None:
 
     workers = [triojobs.Worker(plain, handler, concurrency=1)]
     async with triojobs.open_worker_group(conninfo, workers) as group:
-        first = await group.client.enqueue(plain, 1, timeout=0.5)
+        first = await group.client.enqueue(plain, 1, timeout=3.0)
         ids = await group.client.enqueue_many(plain, [2, 3])
         with trio.fail_after(15):
             assert [await group.client.result(job_id) for job_id in (first, *ids)] == [1, 2, 3]

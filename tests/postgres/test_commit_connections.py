@@ -241,12 +241,12 @@ async def test_the_jobs_own_bound_breaks_work_off(conninfo: str, bound: str) -> 
 
         await job.commit(work)
 
-    soon: Any = 0.5
+    soon: Any = 1.0
     if bound == "deadline":
-        soon = value(conninfo, "SELECT now() + interval '0.7 s'")
+        soon = value(conninfo, "SELECT now() + interval '2 s'")
     ended = await run_job(conninfo, handler, job={"max_attempts": 1, bound: soon})
     assert ended.info.status == "killed"
-    assert ended.info.error == ("timed out after 0.5 s" if bound == "timeout" else "past its deadline")
+    assert ended.info.error == ("timed out after 1 s" if bound == "timeout" else "past its deadline")
     assert notes(conninfo) == []
 
 

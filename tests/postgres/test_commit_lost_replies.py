@@ -50,7 +50,7 @@ async def test_a_commit_without_reply_that_did_not_happen_says_so(
     proxy, through = proxied
     committer = Committer()
     gate = proxy.gate("before")
-    async with one_job(through, committer.handler, call_timeout=1.0) as (group, job_id):
+    async with one_job(through, committer.handler, call_timeout=2.0) as (group, job_id):
         await gate.reached()
         getattr(gate, how)()
         assert await group.client.result(job_id) == "attempt 2"
@@ -196,7 +196,7 @@ async def test_a_cancelled_commit_in_a_black_hole_does_not_look_when_its_time_is
     gate = proxy.gate("after")
     with trio.CancelScope() as scope:
         async with one_job(
-            through, committer.handler, grace_period=0.0, call_timeout=1.0, close_timeout=1.0
+            through, committer.handler, grace_period=0.0, call_timeout=2.0, close_timeout=1.0
         ) as (group, job_id):
             await gate.reached()
             proxy.stall()

@@ -195,11 +195,11 @@ async def test_a_timeout_between_commit_and_return_loses(
     async def handler(job: triojobs.Job[Any]) -> None:
         with trio.CancelScope() as scope:
             if what == "scope":
-                scope.deadline = trio.current_time() + 1.0
+                scope.deadline = trio.current_time() + 3.0
             deadlines.append(trio.current_effective_deadline())
             await committer.handler(job)
 
-    job = {"timeout": 1.0} if what == "timeout" else {}
+    job = {"timeout": 3.0} if what == "timeout" else {}
     async with one_job(through, handler, job | {"max_attempts": 1}) as (group, job_id):
         await gate.reached()
         await trio.sleep_until(deadlines[0])  # the time itself is under test
