@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,13 +12,12 @@ from typing import Any, Final, TypeVar, cast
 
 import psycopg
 import trio
-from psycopg.rows import tuple_row
 
-from ._backoff import reconnect_delay
 from ._beacon import Beacon
 from ._beats import BeatControl, BeatLoop
-from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, clock, run_in_thread
-from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
+from ._bridge import IDLE, Breaker, Call, Line, check_cancelled, clock, run_in_thread
+from ._commit import CommitAttempt, commit
+from ._errors import DatabaseError, SchemaError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
@@ -35,6 +33,7 @@ from ._sql.session import (
     prepare_session,
     refuse_deaf_conninfo,
     refuse_undeclared_pooler,
+    restore_job_session,
 )
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
@@ -43,8 +42,6 @@ __all__ = ["PostgresStore"]
 T = TypeVar("T")
 log = logging.getLogger("triojobs.postgres")
 
-LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
-UNKNOWN: Final = "unknown"  # the answer when that could not be found out
 CLIENT_CONNECTIONS: Final = 2  # one for the flusher's shared commits, one for reads and bulk
 
 
@@ -123,6 +120,7 @@ class PostgresStore:
             self._breaker,
             call_timeout=self._call_timeout,
             prepare=prepare,
+            restore=restore_job_session if users else None,
             size=size,
             pooled=pooled,
             begin=begin,
@@ -314,48 +312,7 @@ class PostgresStore:
         committed: Callable[[], None],
     ) -> T:
         attempt = CommitAttempt(self.schema, claim, work, encode, committed)
-        try:
-            return cast(T, await self._job_line.run_breakable(f"committing job {claim.job_id}", attempt.run))
-        except BrokenOff:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise
-        except DatabaseError as exc:
-            if not attempt.fenced:
-                exc.committed = False  # COMMIT was never sent
-            if exc.committed is None and encode is not None:
-                # The reply to COMMIT is lost: look for this claim's outcome before anybody is told.
-                status = await self._outcome_of(attempt)
-                if status == "done":
-                    return cast(T, attempt.value)
-                if status not in (None, UNKNOWN):
-                    raise StaleClaimError(claim.job_id, operation="committing") from exc
-                if status is None:
-                    exc.committed = False
-            await trio.lowlevel.checkpoint_if_cancelled()  # it failed because it was broken off
-            if attempt.failure is None:
-                raise
-        raise attempt.failure  # what `work` raised, as it was raised
-
-    async def _outcome_of(self, attempt: CommitAttempt) -> str | None:
-        """Find out how this claim ended: a status, None for not at all, UNKNOWN when nobody answers."""
-        deadline = clock() + LOOK_TIME
-        failures = 0
-        with trio.CancelScope(shield=True):
-            while True:
-                try:
-                    return await self._settle_line.run(
-                        f"looking for the outcome of job {attempt.claim.job_id}",
-                        attempt.look,
-                        deadline=deadline,
-                    )
-                except DatabaseError as exc:
-                    log.warning("%s", exc, extra={"event": "look_failed"})
-                    failures += 1
-                    pause = reconnect_delay(failures, random.random)
-                    if not exc.transient or clock() + pause >= deadline:
-                        return UNKNOWN
-                    await trio.sleep(pause)
-        raise AssertionError  # a shield swallows nothing
+        return cast(T, await commit(attempt, on=self._job_line, look_on=self._settle_line))
 
     async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
         return await self._client_line.run(
@@ -442,81 +399,6 @@ class PostgresStore:
             call.afterwards(lambda conn: notify.notify_waiting(conn, self.schema, queues))
 
 
-class CommitAttempt:
-    """The thread's side of `Job.commit`: the user's work, then the fence, then COMMIT."""
-
-    def __init__(
-        self,
-        schema: str,
-        claim: Claim,
-        work: Callable[[Any], Any],
-        encode: Callable[[Any], tuple[bytes, str]] | None,
-        committed: Callable[[], None],
-    ) -> None:
-        self.claim = claim
-        self.value: Any = None
-        self.fenced = False
-        self.failure: BaseException | None = None
-        self._schema = schema
-        self._work = work
-        self._encode = encode
-        self._committed = committed
-
-    def run(self, call: Call) -> Any:
-        claim = self.claim
-        job_id, group_id, claim_no = claim.job_id, claim.group_id, claim.claim_no
-        with call.conn.transaction():
-            data = self._do_work(call)
-            if data is None:
-                held = settle.hold_lease(
-                    call.conn, self._schema, job_id=job_id, group_id=group_id, claim_no=claim_no
-                )
-            else:
-                held = settle.settle_one_done(
-                    call.conn,
-                    self._schema,
-                    job_id=job_id,
-                    group_id=group_id,
-                    claim_no=claim_no,
-                    result=data[0],
-                    encoding=data[1],
-                )
-            if not held:
-                raise StaleClaimError(
-                    claim.job_id, operation="transacting" if self._encode is None else "committing"
-                )
-            self.fenced = True
-            if data is not None:
-                call.on_commit(self._committed)
-        return self.value
-
-    def _do_work(self, call: Call) -> tuple[bytes, str] | None:
-        conn = call.conn
-        with call.unguarded():
-            try:
-                self.value = self._work(conn)
-            except BaseException as exc:
-                self.failure = exc
-                raise
-            finally:
-                # The next job finds the connection as we opened it.
-                conn.row_factory, conn.cursor_factory = tuple_row, psycopg.Cursor
-            if conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-                raise TriojobsError(
-                    f"the work of job {self.claim.job_id} ended the transaction itself",
-                    operation="committing",
-                    hint="leave COMMIT and ROLLBACK to Job.commit and Job.transact",
-                )
-            return None if self._encode is None else self._encode(self.value)
-
-    def look(self, call: Call) -> str | None:
-        claim = self.claim
-        status = settle.outcome_of_claim(
-            call.conn, self._schema, job_id=claim.job_id, group_id=claim.group_id, claim_no=claim.claim_no
-        )
-        if status == "done":
-            self._committed()
-        return status
 
 
 def enqueue_on_connection(

@@ -71,14 +71,16 @@ WITH me AS MATERIALIZED (
 SELECT id, claim_no, outcome, CASE WHEN outcome IN ('failed', 'snoozed', 'released') THEN queue END FROM ended
 """
 
-# The repetition of a settlement whose reply was lost finds what that one wrote. What a rescue wrote
-# for the same claim says another error, and is not ours.
+# The repetition of a settlement whose reply was lost finds what that one wrote. So does any settlement
+# after a `Job.commit` whose reply was lost: nobody but the claim's own group writes done. What a rescue
+# wrote for the same claim says another error, and is not ours.
 WRITTEN_BEFORE: Final = """
 SELECT o.job_id, o.claim_no, o.status
 FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[])
      AS a(id, claim_no, outcome, error)
 JOIN {schema}.outcomes o ON o.job_id = a.id AND o.group_id = %(group_id)s AND o.claim_no = a.claim_no
-WHERE (o.status = 'cancelled' AND a.outcome <> 'done')
+WHERE o.status = 'done'
+   OR (o.status = 'cancelled' AND a.outcome <> 'done')
    OR (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
 """
 
@@ -116,8 +118,8 @@ def settle(
 ) -> tuple[list[Settled], set[str]]:
     """Write the ends of claims of one group.
 
-    Returns what was written, now or by an earlier try of the same settlement, and the queues in which
-    something became claimable (sooner).
+    Returns what was written, now or by an earlier try whose reply was lost (of the same settlement, or of
+    a commit), and the queues in which something became claimable (sooner).
     """
     # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
     # deadlock; the plan keeps the order of the batch.
