@@ -14,8 +14,8 @@ from ._client import naming_items, rows_of
 from ._errors import OptionError
 from ._model import Enqueued, KeyUntil, NewRow, OnConflict
 from ._options import DEFAULT_SCHEMA, checked_schema
-from ._postgres import enqueue_on_connection, is_connection
 from ._queue import NewJob, Queue, new_row
+from ._sync_store import enqueue_on_connection, is_connection
 
 if TYPE_CHECKING:
     import psycopg

@@ -27,8 +27,8 @@ from ._client import (
 from ._errors import DatabaseError, checked_seconds
 from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
 from ._options import DEFAULT_SCHEMA, checked_schema, checked_text
-from ._postgres import SyncStore
 from ._queue import NewJob, Queue, new_row
+from ._sync_store import SyncStore
 
 __all__ = ["SyncClient"]
 
