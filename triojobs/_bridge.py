@@ -32,6 +32,7 @@ import trio
 from ._errors import TriojobsError
 from ._sql import failures
 from ._sql.failures import RECONNECT, RETRY, translate
+from ._sql.session import limit_transaction
 
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
 
@@ -102,6 +103,7 @@ class Call:
         self.unwanted = False
         self.breaking = False
         self.done = False
+        self.uncommitted = False  # inside `transaction`, before its COMMIT: nothing can have been committed
         self.lock = threading.Lock()
         self._on_commit: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[psycopg.Connection[Any]], None]] = []
@@ -128,6 +130,14 @@ class Call:
                 if not self.breaking:
                     self.extend()
                 self.guarded = True
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the block one transaction, so that an error before its COMMIT says that nothing was written."""
+        self.uncommitted = True
+        with self.conn.transaction():
+            yield
+            self.uncommitted = False
 
     def on_commit(self, do: Callable[[], None]) -> None:
         """Have `do` called in this thread right after the commit."""
@@ -379,12 +389,7 @@ class Line:
         retries: int = RETRIES,
     ) -> T:
         """Run `fn` in this thread. See `run`."""
-        if os.getpid() != self._pid:
-            raise TriojobsError(
-                f"process {os.getpid()} uses connections of its parent {self._pid}",
-                operation=operation,
-                hint="open a client or group of its own after the fork",
-            )
+        self.check_owner(operation)
         now = clock()
         limit = now + self._call_timeout
         latest = float("inf")
@@ -400,12 +405,26 @@ class Line:
             else:
                 self._idle.append(conn)
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether this process opened the connections, and did not inherit them by a fork."""
+        return os.getpid() == self._pid
+
+    def check_owner(self, operation: str) -> None:
+        """Raise TriojobsError in a forked child."""
+        if not self.is_owned:
+            raise TriojobsError(
+                f"process {os.getpid()} uses connections of its parent {self._pid}",
+                operation=operation,
+                hint="open a client or group of its own after the fork",
+            )
+
     def close(self) -> None:
         """Close the connections: idle ones now, others after their call."""
         self._closed = True
         while self._idle:
             conn = self._idle.pop()
-            if os.getpid() == self._pid:  # a forked child would say goodbye in its parent's name
+            if self.is_owned:  # a forked child would say goodbye in its parent's name
                 conn.close()
 
     def _attempts(
@@ -431,16 +450,15 @@ class Line:
                 if exc.sqlstate in RETRY and attempt < retries and clock() + pause < limit:
                     time.sleep(pause)
                     continue
-                raise translate(exc, operation=operation) from exc
+                error = translate(exc, operation=operation)
+                if call.uncommitted:
+                    error.committed = False
+                raise error from exc
         raise AssertionError  # the last attempt returns or raises
 
     def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
-        milliseconds = int(self._call_timeout * 1000)
         with call.conn.transaction():
-            call.conn.execute(
-                "SELECT set_config('statement_timeout', %(t)s, true), set_config('lock_timeout', '2s', true)",
-                {"t": f"{milliseconds}ms"},
-            )
+            limit_transaction(call.conn, call_timeout=self._call_timeout)
             return fn(call)
 
     def _take(self, operation: str, limit: float) -> psycopg.Connection[Any]:

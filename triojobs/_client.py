@@ -99,9 +99,12 @@ class Client:
         self._closed = False
 
     def _check_open(self) -> None:
+        """Raise unless the client is open and this is the process and the Trio program it was opened in."""
         if self._closed:
             raise trio.ClosedResourceError("this triojobs client is closed")
         self._store.check_owner()
+        if on_loop() and not self._flusher.serves_this_loop():
+            raise wrong_side("a client of another trio.run", "open a client in this one")
 
     # Enqueue.
 

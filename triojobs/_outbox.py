@@ -144,4 +144,5 @@ def _enqueue(conn: psycopg.Connection[Any] | Transaction, rows: list[NewRow], sc
         return enqueue_on_connection(conn, schema, rows) if rows else []  # type: ignore[arg-type]
     if hasattr(conn, "enqueue_rows"):
         return conn.enqueue_rows(rows)
-    raise OptionError("conn", conn, "a synchronous psycopg.Connection")
+    # Its type and not its value: it may be a conninfo with a password in it.
+    raise OptionError("conn", type(conn), "a synchronous psycopg.Connection")

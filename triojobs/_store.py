@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from ._errors import TriojobsError
 from ._lease import Lease
 from ._model import (
     CancelRequest,
@@ -186,7 +187,7 @@ class Store(Protocol):
 
     async def enqueue_each(
         self, rows: Sequence[NewRow], *, deadline: float | None = None
-    ) -> list[Enqueued | BaseException]:
+    ) -> list[Enqueued | TriojobsError]:
         """Insert jobs that have nothing to do with each other under shared commits, one answer each."""
 
     async def new_job_ids(self, count: int) -> list[int]:

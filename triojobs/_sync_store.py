@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import psycopg
+import trio
 
 from ._bridge import IDLE, Breaker, Call, Line
+from ._errors import DatabaseError
 from ._model import Enqueued, NewRow, RawJob
-from ._postgres import cancel_job
+from ._postgres import cancel_job, enqueue_in_transaction
 from ._sql import enqueue as enqueue_sql
 from ._sql import inspect, notify
 from ._sql.failures import translate
@@ -30,22 +32,37 @@ def enqueue_on_connection(
     A connection without autocommit that is idle begins its transaction here, as its first statement
     would; with autocommit the call is a transaction of its own.
     """
-    if conn.pgconn.pipeline_status and not conn.closed:
-        with conn.pipeline():
-            pass  # a synchronization point, so that the status below is the present one
-    begun = not conn.autocommit or conn.pgconn.transaction_status != IDLE
-    sent = not conn.closed
+    operation = f"enqueueing {len(rows)} job(s)"
+    if conn.closed:
+        raise DatabaseError(
+            "the connection is closed",
+            operation=operation,
+            hint="nothing was enqueued; repeat the transaction on a new connection",
+            transient=True,
+        )
+    doubtful = False
     try:
-        if not conn.autocommit and conn.pgconn.transaction_status == IDLE:
-            conn.execute("SELECT")
+        if conn.pgconn.pipeline_status:
+            with conn.pipeline():
+                pass  # a synchronization point, so that the status below is the present one
+        theirs = not conn.autocommit or conn.pgconn.transaction_status != IDLE
+        if theirs and conn.pgconn.transaction_status == IDLE:
+            enqueue_sql.Cursor(conn).execute("SELECT")
         with conn.transaction():  # a savepoint inside the caller's transaction
             answers = enqueue_sql.enqueue(conn, schema, rows, notify_inside=True)
+            doubtful = not theirs  # our own COMMIT is next
+    except UnicodeEncodeError as exc:
+        raise DatabaseError(
+            f"the connection's client_encoding is {exc.encoding} and cannot express this call: {exc.reason}",
+            operation=operation,
+            hint="nothing was enqueued; connect with client_encoding=utf8",
+        ) from exc
     except psycopg.Error as exc:
-        error = translate(exc, operation=f"enqueueing {len(rows)} job(s)")
-        if begun or not sent:
-            error.committed = False  # the COMMIT is the caller's
+        error = translate(exc, operation=operation)
+        if not doubtful:
+            error.committed = False
         raise error from exc
-    return [a for a in answers if isinstance(a, Enqueued)]
+    return answers
 
 
 def is_connection(value: object) -> bool:
@@ -60,6 +77,7 @@ class SyncStore:
         self._schema = schema
         self._breaker = Breaker()
         self._lock = threading.Lock()
+        self._closed = False
 
         def prepare(conn: psycopg.Connection[Any]) -> None:
             refuse_undeclared_pooler(conn, declared=pooled)
@@ -72,7 +90,11 @@ class SyncStore:
 
     def run(self, operation: str, fn: Callable[[Call], T]) -> T:
         """Run `fn` on the connection, bounded like every call."""
+        # Before the lock: in a forked child nobody may be left to release it.
+        self._line.check_owner(operation)
         with self._lock:
+            if self._closed:  # while this thread waited for its turn
+                raise trio.ClosedResourceError("this triojobs client is closed")
             return self._line.call(operation, fn)
 
     def check(self) -> None:
@@ -83,13 +105,10 @@ class SyncStore:
         """Insert jobs in one transaction, then notify who waits."""
 
         def work(call: Call) -> list[Enqueued]:
-            with call.conn.transaction():
-                answers = enqueue_sql.enqueue(
-                    call.conn, self._schema, rows, notify_inside=False, between_chunks=call.extend
-                )
+            answers = enqueue_in_transaction(call, self._schema, rows)
             queues = {row.queue for row in rows}
             call.afterwards(lambda conn: notify.notify_waiting(conn, self._schema, queues))
-            return [a for a in answers if isinstance(a, Enqueued)]
+            return answers
 
         return self.run(f"enqueueing {len(rows)} job(s)", work)
 
@@ -114,7 +133,10 @@ class SyncStore:
         )
 
     def close(self) -> None:
-        """Close the connection and end the breaker's thread."""
+        """Close the connection and end the breaker's thread. In a forked child: nothing, they are not its own."""
+        if not self._line.is_owned:
+            return
         with self._lock:
+            self._closed = True
             self._line.close()
             self._breaker.close()
