@@ -152,6 +152,11 @@ class Flusher:
         for lane in self._lanes:
             lane.wake.set()
 
+    @property
+    def waiting(self) -> int:
+        """Rows that wait for their hand-off."""
+        return sum(len(lane.entries) for lane in self._lanes)
+
     def serves_this_loop(self) -> bool:
         """Tell whether the caller's Trio program is the one that the flusher runs in."""
         return trio.lowlevel.current_trio_token() is self._token

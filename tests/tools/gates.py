@@ -12,6 +12,29 @@ T = TypeVar("T")
 PATIENCE = 60.0  # seconds for what takes milliseconds; only a hang needs them
 
 
+class Gate:
+    """Stops tasks at one point until it is opened."""
+
+    def __init__(self) -> None:
+        self._reached = trio.Event()
+        self._open = trio.Event()
+
+    async def pass_through(self) -> None:
+        """Report that somebody is here, and wait until the gate is open."""
+        self._reached.set()
+        with trio.fail_after(PATIENCE):
+            await self._open.wait()
+
+    async def reached(self) -> None:
+        """Wait until a task stands before the gate, or has passed it."""
+        with trio.fail_after(PATIENCE):
+            await self._reached.wait()
+
+    def open(self) -> None:
+        """Let everybody through from now on."""
+        self._open.set()
+
+
 class ThreadGate:
     """Stops threads at one point until it is opened. Made in a Trio task; `pass_through` is for threads."""
 
