@@ -64,6 +64,7 @@ class Rig:
         self.client = Client(store, flusher)
         self.nursery = nursery
         self.ends: dict[Any, Any] = {}
+        self.threads: list[threading.Thread] = []
 
     def start(self, payload: Any, **options: Any) -> None:
         """Enqueue in a task; `ends` gets the answer."""
@@ -86,6 +87,7 @@ class Rig:
 
         thread = threading.Thread(target=work)
         thread.start()
+        self.threads.append(thread)
         return thread
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -108,12 +110,15 @@ async def rig() -> AsyncIterator[Rig]:
     flusher = Flusher(store)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(flusher.run)
+        r = Rig(store, flusher, nursery)
         try:
-            yield Rig(store, flusher, nursery)
+            yield r
         finally:
             for gate in store.gates.values():
                 gate.open()
             flusher.close(deadline=store.now() + PATIENCE)
+            with trio.CancelScope(shield=True):
+                await r.until(lambda: not any(thread.is_alive() for thread in r.threads))
 
 
 async def in_thread(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
