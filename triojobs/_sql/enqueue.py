@@ -41,7 +41,7 @@ WITH given AS MATERIALIZED (
            a.priority, a.max_attempts, a.timeout, a.deadline, a.no,
            coalesce(a.run_at, clock_timestamp() + coalesce(a.delay, 0) * interval '1 second') AS run_at
     FROM unnest(
-        %(queues)s::text[], %(payloads)s::bytea[], %(encodings)s::text[], %(metadata)s::text[],
+        %(queues)s::text[], %(payloads)b::bytea[], %(encodings)s::text[], %(metadata)s::text[],
         %(priorities)s::int[], %(max_attempts)s::int[], %(timeouts)s::float8[],
         %(deadlines)s::timestamptz[], %(run_ats)s::timestamptz[], %(delays)s::float8[]
     ) WITH ORDINALITY
@@ -65,11 +65,13 @@ FROM asked a, (SELECT count(pg_notify({channel}, q)) FROM unnest(%(notify)s::tex
 ORDER BY a.no
 """
 
+# Payloads are sent in binary (%b): as text, psycopg doubles their backslashes in a session with
+# standard_conforming_strings = off, and other bytes arrive.
 ENQUEUE_KEYED: Final = """
 SELECT (f.e).id, (f.e).created, (f.e).replaced FROM (
     SELECT {schema}.enqueue_keyed(
         %(job_id)s::bigint, %(queue)s::text, %(key)s::text, %(hold)s::text, %(hold_seconds)s::float8,
-        %(on_conflict)s::text, %(payload)s::bytea, %(encoding)s::text, %(metadata)s::text::jsonb,
+        %(on_conflict)s::text, %(payload)b::bytea, %(encoding)s::text, %(metadata)s::text::jsonb,
         %(priority)s::int, %(max_attempts)s::int, %(timeout)s::float8, %(deadline)s::timestamptz,
         coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s::float8 * interval '1 second')
     ) AS e OFFSET 0
@@ -78,7 +80,7 @@ SELECT (f.e).id, (f.e).created, (f.e).replaced FROM (
 
 ENQUEUE_BY_ID: Final = """
 SELECT %(job_id)s::bigint, {schema}.insert_job(
-    %(job_id)s::bigint, %(queue)s::text, %(payload)s::bytea, %(encoding)s::text, NULL,
+    %(job_id)s::bigint, %(queue)s::text, %(payload)b::bytea, %(encoding)s::text, NULL,
     %(metadata)s::text::jsonb, %(priority)s::int, %(max_attempts)s::int, %(timeout)s::float8,
     %(deadline)s::timestamptz,
     coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s::float8 * interval '1 second')
