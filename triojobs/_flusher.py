@@ -114,7 +114,7 @@ class Flusher:
         self._closing = False
         self._deadline = float("inf")
         self._token = trio.lowlevel.current_trio_token()
-        self.ended = trio.Event()
+        self.ended: trio.Event = trio.Event()
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
