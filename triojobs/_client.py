@@ -40,7 +40,7 @@ from ._options import checked_count, checked_text
 from ._queue import NewJob, Queue, new_row
 from ._store import Store
 
-__all__ = ["Client", "info_of", "wrong_side"]
+__all__ = ["IN_TRIO", "Client", "async_side", "info_of", "on_loop", "wrong_side"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")

@@ -12,11 +12,11 @@ from typing import Any, Final, Literal
 import trio
 
 from ._client import Client
-from ._errors import OptionError, checked_seconds, sole_error
+from ._errors import checked_seconds, sole_error
 from ._flusher import Flusher
 from ._group import GroupContext, WorkerGroup, checked_workers, default_name, with_workers
 from ._model import ShutdownReport
-from ._options import DEFAULT_SCHEMA, GroupOptions, checked_schema
+from ._options import DEFAULT_SCHEMA, GroupOptions, checked_conninfo, checked_schema
 from ._postgres import PostgresStore
 from ._queue import Worker
 from ._store import Store
@@ -83,14 +83,14 @@ def open_worker_group(
         listening_poll_interval=listening_poll_interval,
         rescan_interval=rescan_interval,
         claim_linger=claim_linger,
-        listen_conninfo=_checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
+        listen_conninfo=checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
         notify=notify,
         pooled=pooled,
         job_connections=job_connections,
         concurrency=concurrency,
         isolation=isolation,
     )
-    _checked_conninfo("conninfo", conninfo)
+    checked_conninfo("conninfo", conninfo)
     options = with_workers(options, checked_workers(workers))
 
     def make_store() -> Store:
@@ -179,7 +179,7 @@ def open_client(
     checked_schema(schema)
     checked_seconds("call_timeout", call_timeout, positive=True)
     store = PostgresStore(
-        _checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
+        checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
     )
     return ClientContext(store, CLIENT_CLOSE_TIMEOUT)
 
@@ -241,9 +241,3 @@ async def _obey_signals(
             else:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-
-
-def _checked_conninfo(field: str, value: object) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
-    return value

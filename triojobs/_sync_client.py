@@ -26,7 +26,7 @@ from ._client import (
 )
 from ._errors import DatabaseError, checked_seconds
 from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
-from ._options import DEFAULT_SCHEMA, checked_schema, checked_text
+from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema, checked_text
 from ._queue import NewJob, Queue, new_row
 from ._sync_store import SyncStore
 
@@ -62,6 +62,7 @@ class SyncClient:
     ) -> None:
         self._schema = checked_schema(schema)
         checked_seconds("call_timeout", call_timeout, positive=True)
+        checked_conninfo("conninfo", conninfo)
         self._store = SyncStore(conninfo, schema=schema, call_timeout=call_timeout, pooled=pooled)
         self._closed = False
 
