@@ -106,6 +106,7 @@ class Call:
         self.unwanted = False
         self.breaking = False
         self.done = False
+        self.uncommitted = False  # inside `transaction`, before its COMMIT: nothing can have been committed
         self.lock = threading.Lock()
         self._on_commit: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[psycopg.Connection[Any]], None]] = []
@@ -132,6 +133,14 @@ class Call:
                 if not self.breaking:
                     self.extend()
                 self.guarded = True
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the block one transaction, so that an error before its COMMIT says that nothing was written."""
+        self.uncommitted = True
+        with self.conn.transaction():
+            yield
+            self.uncommitted = False
 
     def on_commit(self, do: Callable[[], None]) -> None:
         """Have `do` called in this thread right after the commit."""
@@ -409,12 +418,7 @@ class Line:
         own_transaction: bool = False,
     ) -> T:
         """Run `fn` in this thread. See `run` and `run_breakable`."""
-        if os.getpid() != self._pid:
-            raise TriojobsError(
-                f"process {os.getpid()} uses connections of its parent {self._pid}",
-                operation=operation,
-                hint="open a client or group of its own after the fork",
-            )
+        self.check_owner(operation)
         now = clock()
         left = float("inf") if deadline is None else deadline - now
         latest = now + _usable(left)
@@ -434,12 +438,26 @@ class Line:
             else:
                 conn.close()
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether this process opened the connections, and did not inherit them by a fork."""
+        return os.getpid() == self._pid
+
+    def check_owner(self, operation: str) -> None:
+        """Raise TriojobsError in a forked child."""
+        if not self.is_owned:
+            raise TriojobsError(
+                f"process {os.getpid()} uses connections of its parent {self._pid}",
+                operation=operation,
+                hint="open a client or group of its own after the fork",
+            )
+
     def close(self) -> None:
         """Close the connections: idle ones now, others after their call."""
         self._closed = True
         while self._idle:
             conn = self._idle.pop()
-            if os.getpid() == self._pid:  # a forked child would say goodbye in its parent's name
+            if self.is_owned:  # a forked child would say goodbye in its parent's name
                 conn.close()
 
     def _attempts(
@@ -467,7 +485,10 @@ class Line:
                 if again and clock() + pause < limit:
                     time.sleep(pause)
                     continue
-                raise translate(exc, operation=operation) from exc
+                error = translate(exc, operation=operation)
+                if call.uncommitted:
+                    error.committed = False
+                raise error from exc
             finally:
                 if call.breaking:
                     # The call has ended by itself, and the cancel that was sent for it is still on

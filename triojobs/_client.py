@@ -41,7 +41,7 @@ from ._options import checked_count, checked_text
 from ._queue import NewJob, Queue, new_row
 from ._store import Store
 
-__all__ = ["Client", "info_of", "wrong_side"]
+__all__ = ["IN_TRIO", "Client", "async_side", "info_of", "on_loop", "wrong_side"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
@@ -100,9 +100,12 @@ class Client:
         self._closed = False
 
     def _check_open(self) -> None:
+        """Raise unless the client is open and this is the process and the Trio program it was opened in."""
         if self._closed:
             raise trio.ClosedResourceError("this triojobs client is closed")
         self._store.check_owner()
+        if on_loop() and not self._flusher.serves_this_loop():
+            raise wrong_side("a client of another trio.run", "open a client in this one")
 
     # Enqueue.
 

@@ -9,11 +9,11 @@ from typing import Any, Final, Literal
 import trio
 
 from ._client import Client
-from ._errors import OptionError, checked_seconds
+from ._errors import checked_seconds
 from ._flusher import Flusher
 from ._group import GroupContext, checked_workers, default_name, with_workers
 from ._model import HardStop
-from ._options import DEFAULT_SCHEMA, GroupOptions, checked_schema
+from ._options import DEFAULT_SCHEMA, GroupOptions, checked_conninfo, checked_schema
 from ._postgres import PostgresStore
 from ._queue import Worker
 from ._store import Store
@@ -84,14 +84,14 @@ def open_worker_group(
         listening_poll_interval=listening_poll_interval,
         rescan_interval=rescan_interval,
         claim_linger=claim_linger,
-        listen_conninfo=_checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
+        listen_conninfo=checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
         notify=notify,
         pooled=pooled,
         job_connections=job_connections,
         concurrency=concurrency,
         isolation=isolation,
     )
-    _checked_conninfo("conninfo", conninfo)
+    checked_conninfo("conninfo", conninfo)
     options = with_workers(options, checked_workers(workers))
 
     def make_store() -> Store:
@@ -180,12 +180,8 @@ def open_client(
     checked_schema(schema)
     checked_seconds("call_timeout", call_timeout, positive=True)
     store = PostgresStore(
-        _checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
+        checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
     )
     return ClientContext(store, CLIENT_CLOSE_TIMEOUT)
 
 
-def _checked_conninfo(field: str, value: object) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
-    return value

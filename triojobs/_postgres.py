@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
@@ -15,16 +14,16 @@ import trio
 
 from ._beacon import Beacon
 from ._beats import BeatControl, BeatLoop
-from ._bridge import IDLE, Breaker, Call, Line, check_cancelled, clock, run_in_thread
+from ._bridge import Breaker, Call, Line, check_cancelled, clock, run_in_thread
 from ._commit import CommitAttempt, commit
-from ._errors import DatabaseError, SchemaError, TriojobsError
+from ._errors import DatabaseError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
 from ._sql import groups, inspect, notify, operate, server, settle
-from ._sql.failures import translate
+from ._sql.enqueue_each import SharedEnqueue
 from ._sql.hosts import Hosts
 from ._sql.schema import check_schema
 from ._sql.session import (
@@ -37,12 +36,13 @@ from ._sql.session import (
 )
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
-__all__ = ["PostgresStore"]
+__all__ = ["PostgresStore", "cancel_job", "enqueue_in_transaction"]
 
 T = TypeVar("T")
 log = logging.getLogger("triojobs.postgres")
 
-CLIENT_CONNECTIONS: Final = 2  # one for the flusher's shared commits, one for reads and bulk
+CLIENT_CONNECTIONS: Final = 2  # for reads and bulk: a large call leaves one for the others
+ENQUEUE_CONNECTIONS: Final = 2  # for shared commits: one that may meet locked keys, one that cannot
 
 
 class PostgresStore:
@@ -83,6 +83,7 @@ class PostgresStore:
         self._claim_line = self._line("claim")
         self._settle_line = self._line("settle")
         self._client_line = self._line("client", size=CLIENT_CONNECTIONS)
+        self._enqueue_line = self._line("enqueue", size=ENQUEUE_CONNECTIONS)
         self._job_line = self._line("job", size=job_connections, users=True)
         self._listen_line = self._line("listen", conninfo=listen_conninfo, pooled=False)
 
@@ -152,6 +153,7 @@ class PostgresStore:
             self._claim_line,
             self._settle_line,
             self._client_line,
+            self._enqueue_line,
             self._job_line,
             self._listen_line,
         ):
@@ -324,54 +326,26 @@ class PostgresStore:
 
     async def enqueue(self, rows: Sequence[NewRow], *, deadline: float | None = None) -> list[Enqueued]:
         def work(call: Call) -> list[Enqueued]:
-            def between_chunks() -> None:
-                check_cancelled()
-                call.extend()
-
-            with call.conn.transaction():
-                answers = enqueue_sql.enqueue(
-                    call.conn, self.schema, rows, notify_inside=False, between_chunks=between_chunks
-                )
-                call.extend()
+            answers = enqueue_in_transaction(call, self.schema, rows, check_cancelled)
             self.notify_later(call, {row.queue for row in rows})
-            return [a for a in answers if isinstance(a, Enqueued)]  # a taken key has raised
+            return answers
 
         return await self._client_line.run(f"enqueueing {len(rows)} job(s)", work, deadline=deadline)
 
     async def enqueue_each(
         self, rows: Sequence[NewRow], *, deadline: float | None = None
-    ) -> list[Enqueued | BaseException]:
-        def work(call: Call) -> list[Enqueued | BaseException]:
-            with call.conn.transaction():
-                answers = enqueue_sql.enqueue(
-                    call.conn,
-                    self.schema,
-                    rows,
-                    notify_inside=False,
-                    between_chunks=call.extend,
-                    answer_each=True,
-                )
-            self.notify_later(call, {row.queue for row in rows})
-            return list(answers)
+    ) -> list[Enqueued | TriojobsError]:
+        shared = SharedEnqueue(self.schema, rows)
 
-        async def alone(row: NewRow) -> Enqueued | BaseException:
-            if deadline is not None and clock() >= deadline:
-                return DatabaseError("it was not begun in time", operation="enqueueing", transient=True)
-            try:
-                return (await self.enqueue([row], deadline=deadline))[0]
-            except TriojobsError as exc:
-                return exc
+        def work(call: Call) -> None:
+            shared.run(call.conn, call.extend)
+            self.notify_later(call, shared.queues)
 
-        if len(rows) == 1:
-            return [await alone(rows[0])]
         try:
-            return await self._client_line.run(f"enqueueing {len(rows)} job(s)", work, deadline=deadline)
-        except TriojobsError as exc:
-            if isinstance(exc, SchemaError) or (
-                isinstance(exc, DatabaseError) and (exc.committed is None or exc.transient)
-            ):
-                return [exc] * len(rows)
-            return [await alone(row) for row in rows]  # one row's content is refused: which one?
+            await self._enqueue_line.run(f"enqueueing {len(rows)} job(s)", work, deadline=deadline)
+        except DatabaseError as exc:
+            shared.give_up(exc)
+        return shared.answers()
 
     async def new_job_ids(self, count: int) -> list[int]:
         return await self._client_line.run(
@@ -390,7 +364,7 @@ class PostgresStore:
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
         return await self._client_line.run(
-            f"cancelling job {job_id}", lambda call: _cancel(call, self.schema, job_id, reason)
+            f"cancelling job {job_id}", lambda call: cancel_job(call, self.schema, job_id, reason)
         )
 
     def notify_later(self, call: Call, queues: Collection[str]) -> None:
@@ -401,109 +375,26 @@ class PostgresStore:
 
 
 
-def enqueue_on_connection(
-    conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow]
+def enqueue_in_transaction(
+    call: Call, schema: str, rows: Sequence[NewRow], check: Callable[[], None] = lambda: None
 ) -> list[Enqueued]:
-    """Enqueue in the caller's transaction. What fails undoes this call alone.
+    """Enqueue all rows or none; `check` may raise between chunks."""
 
-    A connection without autocommit that is idle begins its transaction here, as its first statement
-    would; with autocommit the call is a transaction of its own.
-    """
-    if conn.pgconn.pipeline_status and not conn.closed:
-        with conn.pipeline():
-            pass  # a synchronization point, so that the status below is the present one
-    begun = not conn.autocommit or conn.pgconn.transaction_status != IDLE
-    sent = not conn.closed
-    try:
-        if not conn.autocommit and conn.pgconn.transaction_status == IDLE:
-            conn.execute("SELECT")
-        with conn.transaction():  # a savepoint inside the caller's transaction
-            answers = enqueue_sql.enqueue(conn, schema, rows, notify_inside=True)
-    except psycopg.Error as exc:
-        error = translate(exc, operation=f"enqueueing {len(rows)} job(s)")
-        if begun or not sent:
-            error.committed = False  # the COMMIT is the caller's
-        raise error from exc
-    return [a for a in answers if isinstance(a, Enqueued)]
+    def between_chunks() -> None:
+        check()
+        call.extend()
 
-
-def is_connection(value: object) -> bool:
-    """Return whether `value` is a synchronous psycopg connection."""
-    return isinstance(value, psycopg.Connection)
-
-
-class SyncStore:
-    """What a program without Trio needs: one connection, opened on demand, used by one thread at a time."""
-
-    def __init__(self, conninfo: str, *, schema: str, call_timeout: float, pooled: bool) -> None:
-        self._schema = schema
-        self._breaker = Breaker()
-        self._lock = threading.Lock()
-
-        def prepare(conn: psycopg.Connection[Any]) -> None:
-            if not pooled:
-                refuse_undeclared_pooler(conn)
-                prepare_session(conn, call_timeout=call_timeout)
-
-        self._line = Line(
-            "sync client",
-            conninfo,
-            self._breaker,
-            call_timeout=call_timeout,
-            prepare=prepare,
-            pooled=pooled,
-            begin=partial(begin_transaction, call_timeout=call_timeout),
+    # One statement commits by itself, in one round trip instead of three.
+    with contextlib.nullcontext() if enqueue_sql.is_one_statement(rows) else call.transaction():
+        answers = enqueue_sql.enqueue(
+            call.conn, schema, rows, notify_inside=False, between_chunks=between_chunks
         )
-
-    def run(self, operation: str, fn: Callable[[Call], T]) -> T:
-        """Run `fn` on the connection, bounded like every call."""
-        with self._lock:
-            return self._line.call(operation, fn)
-
-    def check(self) -> None:
-        """Connect and verify the schema."""
-        self.run("connecting", lambda call: check_schema(call.conn, self._schema))
-
-    def enqueue(self, rows: Sequence[NewRow]) -> list[Enqueued]:
-        """Insert jobs in one transaction, then notify who waits."""
-
-        def work(call: Call) -> list[Enqueued]:
-            with call.conn.transaction():
-                answers = enqueue_sql.enqueue(
-                    call.conn, self._schema, rows, notify_inside=False, between_chunks=call.extend
-                )
-            queues = {row.queue for row in rows}
-            call.afterwards(lambda conn: notify.notify_waiting(conn, self._schema, queues))
-            return [a for a in answers if isinstance(a, Enqueued)]
-
-        return self.run(f"enqueueing {len(rows)} job(s)", work)
-
-    def new_job_ids(self, count: int) -> list[int]:
-        """Reserve ids."""
-        return self.run(
-            "reserving job ids", lambda call: enqueue_sql.new_job_ids(call.conn, self._schema, count)
-        )
-
-    def read_jobs(self, ids: Sequence[int]) -> list[RawJob]:
-        """Return the jobs that exist."""
-        return self.run("reading jobs", lambda call: inspect.read_jobs(call.conn, self._schema, ids))
-
-    def ended(self, ids: Sequence[int]) -> list[int]:
-        """Return those ids whose job has ended or does not exist."""
-        return self.run("waiting for jobs", lambda call: inspect.ended(call.conn, self._schema, ids))
-
-    def cancel_job(self, job_id: int, reason: str) -> bool:
-        """Cancel a waiting job, or ask for the cancellation of a running one."""
-        return self.run(f"cancelling job {job_id}", lambda call: _cancel(call, self._schema, job_id, reason))
-
-    def close(self) -> None:
-        """Close the connection and end the breaker's thread."""
-        with self._lock:
-            self._line.close()
-            self._breaker.close()
+        call.extend()
+    return answers
 
 
-def _cancel(call: Call, schema: str, job_id: int, reason: str) -> bool:
+def cancel_job(call: Call, schema: str, job_id: int, reason: str) -> bool:
+    """Cancel a waiting job, or ask for the cancellation of a running one and wake its group."""
     answer = operate.cancel(call.conn, schema, job_id, reason)
     if isinstance(answer, uuid.UUID):
         group_id = answer

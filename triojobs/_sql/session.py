@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import psycopg
@@ -17,6 +18,8 @@ __all__ = [
     "restore_job_session",
 ]
 
+LOCK_TIMEOUT: Final = 2.0  # seconds; whoever holds a lock of ours for longer is stuck or gone
+
 # READ COMMITTED whatever the role's default: close, rescue and retry need a new snapshot for each
 # statement. Generic plans: `LIMIT` with a parameter makes the planner try custom ones for ever (65 µs
 # a claim). No sequential scans: a generic plan made while the tables were small would read them whole
@@ -30,7 +33,7 @@ FROM (VALUES ('default_transaction_isolation', 'read committed'),
              ('jit', 'off'),
              ('client_connection_check_interval', '1s'),
              ('statement_timeout', %(statement_timeout)s),
-             ('lock_timeout', '2s'),
+             ('lock_timeout', %(lock_timeout)s),
              ('idle_in_transaction_session_timeout', '10s')) AS w(name, value)
 JOIN pg_settings s ON s.name = w.name
 """
@@ -43,7 +46,7 @@ SELECT set_config('plan_cache_mode', 'force_generic_plan', true),
        set_config('enable_seqscan', 'off', true),
        set_config('jit', 'off', true),
        set_config('statement_timeout', %(statement_timeout)s, true),
-       set_config('lock_timeout', '2s', true),
+       set_config('lock_timeout', %(lock_timeout)s, true),
        set_config('idle_in_transaction_session_timeout', '10s', true)
 """
 
@@ -84,8 +87,10 @@ def begin_transaction(conn: psycopg.Connection[Any], *, call_timeout: float) -> 
 
 
 def _limits(call_timeout: float) -> dict[str, str]:
-    # A little later than the breaker: it says better what happened; this one frees the server.
-    return {"statement_timeout": f"{int((call_timeout + 1) * 1000)}ms"}
+    # The statement's is a little later than the breaker: it says better what happened; this one frees the
+    # server. A lock is given up before the breaker comes, so that the call knows what it met.
+    seconds = {"statement_timeout": call_timeout + 1, "lock_timeout": min(LOCK_TIMEOUT, call_timeout / 2)}
+    return {name: f"{math.ceil(value * 1000)}ms" for name, value in seconds.items()}
 
 
 def prepare_job_session(conn: psycopg.Connection[Any]) -> None:

@@ -34,7 +34,7 @@ WITH me AS MATERIALIZED (
 ), asked AS (
     SELECT * FROM unnest(
         %(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[],
-        %(results)s::bytea[], %(encodings)s::text[], %(delays)s::float8[]
+        %(results)b::bytea[], %(encodings)s::text[], %(delays)s::float8[]
     ) AS a(id, claim_no, outcome, error, result, encoding, delay)
     LIMIT cardinality(%(ids)s::bigint[])
 ), ended AS (
@@ -92,7 +92,7 @@ WITH ended AS (
     RETURNING id, claim_no, attempt, claimed_at
 )
 INSERT INTO {schema}.outcomes (job_id, group_id, claim_no, attempt, status, result, encoding, claimed_at)
-SELECT id, %(group_id)s, claim_no, attempt, 'done', %(result)s, %(encoding)s, claimed_at FROM ended
+SELECT id, %(group_id)s, claim_no, attempt, 'done', %(result)b, %(encoding)s, claimed_at FROM ended
 """
 
 HOLD_LEASE: Final = """
