@@ -68,6 +68,26 @@ def running(conninfo: str) -> int:
     return found
 
 
+def keep_claims(conninfo: str) -> None:
+    """Have the server keep a list of all claims that were committed, see `committed_claims`."""
+    rows(conninfo, "CREATE TABLE public.claims (no serial, job bigint, claim_no bigint, attempt int)")
+    rows(
+        conninfo,
+        "CREATE FUNCTION keep_claim() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO public.claims (job, claim_no, attempt) VALUES (new.id, new.claim_no, new.attempt);"
+        " RETURN NULL; END $$",
+    )
+    rows(
+        conninfo,
+        "CREATE TRIGGER keep_claim AFTER INSERT ON triojobs.leases FOR EACH ROW EXECUTE FUNCTION keep_claim()",
+    )
+
+
+def committed_claims(conninfo: str) -> list[tuple[int, int]]:
+    """Return claim_no and attempt of every claim that was committed, whatever became of it."""
+    return rows(conninfo, "SELECT claim_no, attempt FROM public.claims ORDER BY no")  # type: ignore[return-value]
+
+
 def wait_for_rows(
     conninfo: str, query: LiteralString, *parameters: Any, seconds: float = PATIENCE
 ) -> Any:

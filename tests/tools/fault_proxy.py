@@ -26,6 +26,16 @@ ABORT: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset inste
 UP, DOWN = "up", "down"  # from the client to the server, and back
 
 
+class Statement:
+    """The next statement that contains `text`, and what is to happen to it."""
+
+    def __init__(self, text: bytes, *, hold: bool) -> None:
+        self.text = text
+        self.hold = hold
+        self.sent = threading.Event()  # the client sent it
+        self.answered = threading.Event()  # the server executed it
+
+
 class Link:
     """One connection of a client through the proxy."""
 
@@ -33,9 +43,10 @@ class Link:
         self.near = near
         self.far = far
         self.role = ""
-        self.frozen: set[str] = set()  # directions
+        self.open = {UP, DOWN}  # directions, as the rest
+        self.frozen: set[str] = set()
         self.dead = False
-        self.losing: threading.Event | None = None
+        self.watched: Statement | None = None
         self.refusing: str | None = None  # SQLSTATE, until the client's Sync
         self.in_transaction = False
         self.known: dict[bytes, bytes] = {}  # prepared statements: name → text
@@ -74,7 +85,7 @@ class FaultProxy:
         self._deaf_to_cancels = False
         self._without_notifications = False
         self._closed = False
-        self._lose: list[tuple[bytes, threading.Event]] = []
+        self._watched: list[Statement] = []
         self._refuse: dict[bytes, tuple[str, Callable[[], None]]] = {}
         self._threads = [threading.Thread(target=self._accept, name="fault proxy", daemon=True)]
         self._threads[0].start()
@@ -141,13 +152,18 @@ class FaultProxy:
 
     # One message.
 
-    def lose_reply(self, text: bytes) -> threading.Event:
-        """Let the next statement that contains `text` be executed, and reset its connection instead of
-        delivering the reply. The event is set when that has happened."""
-        happened = threading.Event()
+    def lose_reply(self, text: bytes) -> Statement:
+        """Let the next statement that contains `text` be executed, and reset its connection then."""
+        return self._watch(Statement(text, hold=False))
+
+    def hold(self, text: bytes) -> Statement:
+        """Hold the next statement that contains `text` back: its connection is frozen, see `freeze`."""
+        return self._watch(Statement(text, hold=True))
+
+    def _watch(self, statement: Statement) -> Statement:
         with self._changed:
-            self._lose.append((text, happened))
-        return happened
+            self._watched.append(statement)
+        return statement
 
     def refuse(self, text: bytes, sqlstate: str, *, times: int | None = None) -> list[float]:
         """Answer statements that contain `text` with an error, without asking the server.
@@ -217,6 +233,10 @@ class FaultProxy:
                 self._wait_for_flow(link, way)
                 sink.sendall(onwards)
             self._wait_for_flow(link, way)  # nobody hears of a farewell in a black hole
+            sink.shutdown(socket.SHUT_WR)  # what was said before it is still answered
+            link.open.discard(way)
+            if link.open:
+                return
         with self._changed:
             self._links.discard(link)
             self._changed.notify_all()
@@ -265,10 +285,14 @@ class FaultProxy:
                     link.refusing = sqlstate
                     count()
                     return
-            for rule in self._lose:
-                if rule[0] in text:
-                    self._lose.remove(rule)
-                    link.losing = rule[1]
+            for statement in self._watched:
+                if statement.text in text:
+                    self._watched.remove(statement)
+                    link.watched = statement
+                    if statement.hold:
+                        self._deaf_to_cancels = True
+                        link.frozen = {UP, DOWN}
+                    statement.sent.set()
                     return
 
     def _judge_down(self, link: Link, message: wire.Message) -> bytes:
@@ -277,12 +301,15 @@ class FaultProxy:
             return b""
         if message.kind == wire.READY:
             link.in_transaction = message.body != b"I"
-        if link.losing is None:
+        watched = link.watched
+        if watched is None:
             return message.raw
         if message.kind == wire.READY:  # so it has been executed
-            link.reset()
-            link.losing.set()
-        return b""
+            link.watched = None
+            if not watched.hold:
+                link.reset()
+            watched.answered.set()
+        return message.raw if watched.hold else b""
 
 
 @contextlib.contextmanager
