@@ -21,6 +21,7 @@ import trio
 import triojobs
 
 plain: triojobs.Queue[Any, Any] = triojobs.Queue("plain")
+somebody_waits = trio.Event()
 
 
 def tell(event: str, **fields: Any) -> None:
@@ -47,11 +48,24 @@ def hold_gil(seconds: float) -> None:
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
-async def do(word: str, seconds: float) -> Any:
+async def pass_checkpoints(job: triojobs.Job[Any]) -> None:
+    """Do nothing but pass checkpoints; tell how many were passed since the process last stood still."""
+    passed, last = 0, time.monotonic()
+    try:
+        while True:
+            await trio.lowlevel.checkpoint()
+            now = time.monotonic()
+            passed, last = (0 if now - last > 2.0 else passed + 1), now
+    finally:
+        tell("passed", job=job.id, checkpoints=passed)
+
+
+async def do(job: triojobs.Job[Any], word: str, seconds: float) -> Any:
     match word:
         case "return":
             return "returned"
         case "wait":
+            somebody_waits.set()
             await trio.sleep_forever()
         case "sleep":
             await trio.sleep(seconds)
@@ -59,10 +73,13 @@ async def do(word: str, seconds: float) -> Any:
             time.sleep(seconds)  # noqa: ASYNC251 - the fault
         case "hold_gil":
             hold_gil(seconds)
-            await trio.lowlevel.checkpoint()
-        case "exit":
-            os._exit(9)
-        case "segfault":
+            await trio.sleep(60)
+        case "checkpoints":
+            await pass_checkpoints(job)
+        case "die":
+            await somebody_waits.wait()
+            if job.attempt % 2:
+                os._exit(9)
             ctypes.string_at(0)
         case "system_exit":
             raise SystemExit(3)
@@ -79,7 +96,7 @@ async def handle(job: triojobs.Job[Any]) -> Any:
     tell("began", **fields)
     word, _, seconds = str(job.payload).partition(" ")
     try:
-        value = await do(word, float(seconds or 0))
+        value = await do(job, word, float(seconds or 0))
     except trio.Cancelled:
         tell("cancelled", **fields)
         raise
@@ -87,39 +104,42 @@ async def handle(job: triojobs.Job[Any]) -> Any:
     return value
 
 
-async def main(settings: dict[str, Any]) -> None:
-    workers = [triojobs.Worker(plain, handle, concurrency=settings.get("concurrency", 10))]
-    options = settings.get("options", {})
+class Started:
+    """What `serve` reports its open group to."""
+
     group: triojobs.WorkerGroup | None = None
+
+    def started(self, group: triojobs.WorkerGroup) -> None:
+        self.group = group
+        tell("open", group=str(group.group_id))
+
+
+async def main(settings: dict[str, Any]) -> None:
+    conninfo, options = settings["conninfo"], settings.get("options", {})
+    workers = [triojobs.Worker(plain, handle, concurrency=settings.get("concurrency", 10))]
+    begun = Started()
     try:
         if settings.get("serve"):
-            async with trio.open_nursery() as nursery:
-                group = await nursery.start(serve, settings["conninfo"], workers, options)
-                tell("open", group=str(group.group_id))
+            await triojobs.serve(conninfo, workers, task_status=begun, **options)
         else:
-            async with triojobs.open_worker_group(settings["conninfo"], workers, **options) as group:
-                tell("open", group=str(group.group_id))
+            async with triojobs.open_worker_group(conninfo, workers, **options) as group:
+                begun.started(group)
                 await group.wait_stopped()
     finally:
-        if group is not None:
-            report = group.report
-            tell(
-                "report",
-                settled=dict(report.settled),
-                released=report.released,
-                abandoned=list(report.abandoned),
-                unknown_claims=report.unknown_claims,
-                duration=report.duration,
-                groups=[str(group_id) for group_id in report.group_ids],
-                stale=group.statistics().stale,
-                registrations=group.statistics().registrations,
-            )
+        if begun.group is not None:
+            tell_report(begun.group)
 
 
-async def serve(
-    conninfo: str, workers: Any, options: dict[str, Any], *, task_status: Any = trio.TASK_STATUS_IGNORED
-) -> None:
-    await triojobs.serve(conninfo, workers, task_status=task_status, **options)
+def tell_report(group: triojobs.WorkerGroup) -> None:
+    tell(
+        "report",
+        settled=dict(group.report.settled),
+        released=group.report.released,
+        abandoned=list(group.report.abandoned),
+        unknown_claims=group.report.unknown_claims,
+        stale=group.statistics().stale,
+        registrations=group.statistics().registrations,
+    )
 
 
 if __name__ == "__main__":
