@@ -49,13 +49,15 @@ def hold_gil(seconds: float) -> None:
 
 
 async def pass_checkpoints(job: triojobs.Job[Any]) -> None:
-    """Do nothing but pass checkpoints; tell how many were passed since the process last stood still."""
-    passed, last = 0, time.monotonic()
+    """Do nothing but pass checkpoints; tell how many were passed after the process stood still."""
+    passed, last, stood_still = 0, time.monotonic(), False
     try:
         while True:
             await trio.lowlevel.checkpoint()
             now = time.monotonic()
-            passed, last = (0 if now - last > 2.0 else passed + 1), now
+            passed += stood_still  # the first one may be the one in which it stood still
+            stood_still = stood_still or now - last > 2.0
+            last = now
     finally:
         tell("passed", job=job.id, checkpoints=passed)
 
