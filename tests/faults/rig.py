@@ -33,6 +33,15 @@ SHORT: Final[dict[str, Any]] = {
 }
 NEVER_POLLS: Final[dict[str, Any]] = {"listening_poll_interval": 3600.0, "poll_interval": 3600.0}
 
+# Makes claims of a job wait inside their statement, when they have locked the group's row.
+GATE: Final[LiteralString] = """
+INSERT INTO triojobs.leases (id, claim_no, group_id, attempt, max_attempts, queue, priority, run_at)
+VALUES (%s, 0, gen_random_uuid(), 1, 1, 'gate', 0, now())
+"""
+# Parts of our statements as they go over the wire.
+CLAIM: Final = b'INSERT INTO "triojobs".leases'
+SETTLE: Final = b"USING asked a"
+
 
 def exit_bound(options: dict[str, Any]) -> float:
     """Return what leaving a group with these options may take."""

@@ -20,16 +20,9 @@ from tests.tools.looking import blocked, locked, places, rows, until, value
 from triojobs._model import Outcome
 from triojobs._sql import session
 
-from .rig import SHORT, Figures, Journal, committed_claims, exit_bound, keep_claims, logged, outcomes
+from .rig import CLAIM, GATE, SETTLE, SHORT, Figures, Journal, committed_claims, exit_bound
+from .rig import keep_claims, logged, outcomes
 from .rig import plain, rescue_bound, running, wait_until, waiting
-
-CLAIM = b'INSERT INTO "triojobs".leases'
-SETTLE = b"USING asked a"
-# Makes claims of a job wait inside their statement, when they have locked the group's row.
-GATE: LiteralString = """
-INSERT INTO triojobs.leases (id, claim_no, group_id, attempt, max_attempts, queue, priority, run_at)
-VALUES (%s, 0, gen_random_uuid(), 1, 1, 'gate', 0, now())
-"""
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ class FaultProxy:
         self._without_notifications = False
         self._closed = False
         self._watched: list[Statement] = []
-        self._refuse: dict[bytes, tuple[str, Callable[[], None]]] = {}
+        self._refuse: dict[bytes, Callable[[], str]] = {}
         self._threads = [threading.Thread(target=self._accept, name="fault proxy", daemon=True)]
         self._threads[0].start()
 
@@ -165,20 +165,21 @@ class FaultProxy:
             self._watched.append(statement)
         return statement
 
-    def refuse(self, text: bytes, sqlstate: str, *, times: int | None = None) -> list[float]:
-        """Answer statements that contain `text` with an error, without asking the server.
+    def refuse(self, text: bytes, *sqlstates: str, times: int | None = None) -> list[float]:
+        """Answer statements that contain `text` with errors, one code after the other, without the server.
 
         Until `heal`, or `times`. Returns the list that gathers when (monotonic seconds).
         """
         refused: list[float] = []
 
-        def count() -> None:
+        def next_code() -> str:
             refused.append(time.monotonic())
             if len(refused) == times:
                 del self._refuse[text]
+            return sqlstates[(len(refused) - 1) % len(sqlstates)]
 
         with self._changed:
-            self._refuse[text] = (sqlstate, count)
+            self._refuse[text] = next_code
         return refused
 
     def close(self) -> None:
@@ -280,10 +281,9 @@ class FaultProxy:
 
     def _recognize(self, link: Link, text: bytes) -> None:
         with self._changed:
-            for pattern, (sqlstate, count) in list(self._refuse.items()):
+            for pattern, next_code in list(self._refuse.items()):
                 if pattern in text:
-                    link.refusing = sqlstate
-                    count()
+                    link.refusing = next_code()
                     return
             for statement in self._watched:
                 if statement.text in text:
