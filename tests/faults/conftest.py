@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -51,9 +50,9 @@ def leavings() -> set[str]:
 
 
 @pytest.fixture
-def figures(record_property: Callable[[str, object], None]) -> Figures:
+def figures(request: pytest.FixtureRequest) -> Figures:
     """Keeps what was measured."""
-    return Figures(record_property)
+    return Figures(request.node.name)
 
 
 def open_place(memory: Path | None) -> Path:
@@ -100,13 +99,14 @@ def worker() -> Iterator[Callable[..., WorkerProcess]]:
         yield start
 
 
-@pytest.fixture(params=["namespace", "proxy"])
-def link(request: pytest.FixtureRequest, conninfo: str) -> Iterator[Link]:
-    """The way to the server, which can become a black hole: a real link where the machine allows one."""
-    kind: Any = NamespaceLink if request.param == "namespace" else ProxyLink
-    if kind is NamespaceLink and (reason := namespaces_refused()):
-        pytest.skip(f"no network namespaces here ({reason}); the proxy stands in")
-    with kind(conninfo) as opened:
+@pytest.fixture
+def link(conninfo: str) -> Iterator[Link]:
+    """The way to the server, which can become a black hole: a real link where the machine allows one.
+
+    Elsewhere, or with TRIOJOBS_TEST_LINK=proxy, the fault proxy stands in.
+    """
+    stand_in = os.environ.get("TRIOJOBS_TEST_LINK") == "proxy" or namespaces_refused()
+    with ProxyLink(conninfo) if stand_in else NamespaceLink(conninfo) as opened:
         yield opened
 
 
