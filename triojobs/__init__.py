@@ -2,8 +2,8 @@
 
 try:
     import psycopg as _psycopg
-except ImportError as exc:
-    raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from exc
+except ImportError as _exc:
+    raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from _exc
 
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client
@@ -29,6 +29,7 @@ from ._group import WorkerGroup as WorkerGroup
 from ._job import Job as Job
 from ._model import Enqueued as Enqueued
 from ._model import GroupStatistics as GroupStatistics
+from ._model import HardStop as HardStop
 from ._model import JobInfo as JobInfo
 from ._model import JobStatus as JobStatus
 from ._model import ShutdownReport as ShutdownReport

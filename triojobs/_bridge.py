@@ -29,18 +29,21 @@ import outcome
 import psycopg
 import trio
 
-from ._errors import TriojobsError
+from ._errors import DatabaseError, TriojobsError
 from ._sql import failures
-from ._sql.failures import RECONNECT, RETRY, translate
+from ._sql.failures import Remedy, remedy, translate
+from ._sql.hosts import Hosts
 
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
 
 T = TypeVar("T")
 log = logging.getLogger("triojobs.bridge")
 
+CONNECT_LEAST: Final = (
+    1.0  # seconds to a deadline that are worth a connect; libpq may take two, so one too many
+)
 CANCEL_WAIT: Final = 1.0  # seconds that the server gets to obey a cancel before the socket is shut
 RETRIES: Final = 5  # repetitions after a deadlock, a serialization failure or a lock timeout
-CONNECT_TIMEOUT_LEAST: Final = 2  # seconds; libpq's minimum
 KEEPALIVE: Final = {
     # Both are needed: keepalives see a peer that is gone while we wait, tcp_user_timeout one that
     # is gone while we send. Neither sees a host that is alive but hung; the breaker does.
@@ -271,8 +274,9 @@ class Line:
 
     Args:
         prepare: called with each new connection (session settings).
-        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction and
-            leaves nothing behind in the session.
+        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction, begins with
+            `begin` (settings that travel in it), and leaves nothing behind in the session.
+        hosts: those of `conninfo`, shared by lines that may learn from each other who answers.
     """
 
     def __init__(
@@ -285,13 +289,17 @@ class Line:
         prepare: Callable[[psycopg.Connection[Any]], None],
         size: int = 1,
         pooled: bool = False,
+        begin: Callable[[psycopg.Connection[Any]], None] = lambda conn: None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.role = role
         self._conninfo = conninfo
+        self._hosts = Hosts(conninfo) if hosts is None else hosts
         self._breaker = breaker
         self._call_timeout = call_timeout
         self._prepare = prepare
         self._pooled = pooled
+        self._begin = begin
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
         self._closed = False
@@ -386,12 +394,14 @@ class Line:
                 hint="open a client or group of its own after the fork",
             )
         now = clock()
-        limit = now + self._call_timeout
-        latest = float("inf")
-        if deadline is not None:
-            latest = now + _usable(deadline - now)
-            limit = min(limit, latest)
-        conn = self._take(operation, limit)
+        left = float("inf") if deadline is None else deadline - now
+        latest = now + _usable(left)
+        limit = min(now + self._call_timeout, latest)
+        conn = self._take_idle() if left > 0 else None
+        if conn is None:
+            if left < CONNECT_LEAST:
+                raise DatabaseError("there is no time left", operation=operation, transient=True)
+            conn = self._open(operation, limit)
         try:
             return self._attempts(operation, fn, conn, limit, latest, retries)
         finally:
@@ -425,34 +435,32 @@ class Line:
                     call.finish()
                 return result
             except psycopg.Error as exc:
-                if exc.sqlstate in RECONNECT:
+                what_helps = remedy(exc)
+                if what_helps is Remedy.RECONNECT:
                     conn.close()
                 pause = random.uniform(0.01, 0.1)
-                if exc.sqlstate in RETRY and attempt < retries and clock() + pause < limit:
+                if what_helps is Remedy.RETRY and attempt < retries and clock() + pause < limit:
                     time.sleep(pause)
                     continue
                 raise translate(exc, operation=operation) from exc
         raise AssertionError  # the last attempt returns or raises
 
     def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
-        milliseconds = int(self._call_timeout * 1000)
         with call.conn.transaction():
-            call.conn.execute(
-                "SELECT set_config('statement_timeout', %(t)s, true), set_config('lock_timeout', '2s', true)",
-                {"t": f"{milliseconds}ms"},
-            )
+            self._begin(call.conn)
             return fn(call)
 
-    def _take(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+    def _take_idle(self) -> psycopg.Connection[Any] | None:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
             if not conn.closed and not _readable(conn.fileno()):
                 return conn
             conn.close()
-        conn = connect(
-            self._conninfo, limit - clock(), operation=operation, role=self.role, pooled=self._pooled
-        )
+        return None
+
+    def _open(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+        conn = self._connect(operation, limit)
         try:
             with self._breaker.watch(Call(conn, limit, self._call_timeout)):
                 self._prepare(conn)
@@ -465,21 +473,21 @@ class Line:
             raise error from exc
         return conn
 
+    def _connect(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+        """Open an autocommit connection pinned to READ COMMITTED, by about `limit`."""
+        overrides, defaults = self._hosts.choose(limit - clock())
+        conn = failures.connect(
+            self._conninfo,
+            operation=operation,
+            application_name=f"triojobs {self.role}",
+            prepare_threshold=None if self._pooled else 2,
+            overrides=overrides,
+            **defaults,
+            **KEEPALIVE,
+        )
+        self._hosts.answered(conn)
+        conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return conn
+
 
 IDLE: Final = psycopg.pq.TransactionStatus.IDLE
-
-
-def connect(
-    conninfo: str, seconds: float, *, operation: str, role: str, pooled: bool
-) -> psycopg.Connection[Any]:
-    """Open an autocommit connection pinned to READ COMMITTED, within about `seconds`."""
-    conn = failures.connect(
-        conninfo,
-        operation=operation,
-        application_name=f"triojobs {role}",
-        prepare_threshold=None if pooled else 2,
-        connect_timeout=max(CONNECT_TIMEOUT_LEAST, int(seconds)),
-        **KEEPALIVE,
-    )
-    conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-    return conn

@@ -24,20 +24,20 @@ import math
 import os
 import random
 import socket
-import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import trio
 from trio_util import AsyncBool
 
 from ._backoff import reconnect_delay
 from ._client import Client
+from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
 from ._fetcher import Fetcher
 from ._flusher import Flusher
@@ -58,13 +58,13 @@ from ._queue import Worker
 from ._registration import LiveRegistration
 from ._settler import Settler
 from ._store import Store
+from ._stubborn import watch_handlers
 from ._version import VERSION
 
 __all__ = ["GroupContext", "WorkerGroup"]
 
 log = logging.getLogger("triojobs.group")
 
-STUBBORN_INTERVAL: Final = 10.0  # seconds between log records with the stacks of handlers that do not end
 IDLE_FIRST, IDLE_LAST = 0.05, 1.0  # seconds between looks of wait_idle
 
 
@@ -78,8 +78,8 @@ class WorkerGroup:
     """
 
     def __init__(self, store: Store, workers: Sequence[Worker[Any, Any]], options: GroupOptions) -> None:
-        self.name = options.name
-        self.report = ShutdownReport()
+        self.name: str = options.name
+        self.report: ShutdownReport = ShutdownReport()
         self._store = store
         self._workers = list(workers)
         self._options = options
@@ -87,7 +87,7 @@ class WorkerGroup:
         self._stopped = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
         self._flusher = Flusher(store)
-        self.client = Client(store, self._flusher)
+        self.client: Client = Client(store, self._flusher)
         self._registrations: list[LiveRegistration] = []
         self._slots: dict[LiveRegistration, dict[str, Slots]] = {}
         self._busy_ids: Counter[int] = Counter()
@@ -157,6 +157,7 @@ class WorkerGroup:
             rescued=sum(r.rescued_jobs for r in self._registrations),
             lease_until=-math.inf if live is None or live.closed else live.lease.until,
             registrations=len(self._registrations),
+            loop_blocked=sum(r.beacon.blocks for r in self._registrations),
         )
 
     def __repr__(self) -> str:
@@ -181,7 +182,12 @@ class WorkerGroup:
             margin=self._options.lease_margin,
             interval=self._options.beat_interval,
         )
-        live = LiveRegistration(record, lease)
+        live = LiveRegistration(
+            record,
+            lease,
+            loop_dead_after=self._options.loop_death,
+            hard_stop=self._options.hard_stop,
+        )
         # Appended before the call: if its reply is lost, the closing closes this one too.
         self._registrations.append(live)
         try:
@@ -214,6 +220,7 @@ class WorkerGroup:
         start(Settler(live, self._store).run, name="triojobs settler")
         start(self._run_services, live, list(slots), fetcher, name="triojobs services")
         start(self._run_slots, live, slots, name="triojobs slots")
+        start(watch_handlers, live, slots, self._options, name="triojobs handlers' watch")
         start(fetcher.run, name="triojobs fetcher")
 
     @trio.lowlevel.enable_ki_protection
@@ -231,13 +238,15 @@ class WorkerGroup:
         finally:
             live.note_interruption()
             live.slots_alive.value = 0
+            live.watch_scope.cancel()
 
     @trio.lowlevel.enable_ki_protection
     async def _run_services(self, live: LiveRegistration, queues: Sequence[str], fetcher: Fetcher) -> None:
-        """Watch the lease and listen, until the registration is closed or the group is cancelled."""
+        """Watch the lease, compare and listen, until the registration is closed or the group is cancelled."""
         with live.service_scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_lease, live, self._store)
+                nursery.start_soon(compare_when_in_doubt, live, self._store, fetcher.look_anew)
                 if self._options.notify:
                     nursery.start_soon(self._store.listen, live.group_id, queues, fetcher)
 
@@ -337,11 +346,7 @@ class WorkerGroup:
             live.interrupt_handlers("the worker group closes")
         for live in self._registrations:
             await live.fetching.wait_value(False)
-            while live.slots_alive.value:
-                with trio.move_on_after(STUBBORN_INTERVAL):
-                    await live.slots_alive.wait_value(0)
-                if live.slots_alive.value:
-                    self._log_stubborn(live)
+            await live.slots_alive.wait_value(0)
 
     async def _close(self, live: LiveRegistration, deadline: float) -> None:
         failures = 0
@@ -401,16 +406,6 @@ class WorkerGroup:
         live.service_scope.cancel()
         self._store.release_lease(live.group_id)
         await live.beating.wait_value(False)
-
-    def _log_stubborn(self, live: LiveRegistration) -> None:
-        for slots in self._slots[live].values():
-            for running in slots.running.values():
-                log.warning(
-                    "the handler of job %d does not end although it was cancelled; its lease is kept:\n%s",
-                    running.claim.job_id,
-                    _stack(running.task),
-                    extra={"event": "handler_does_not_end", "job_id": running.claim.job_id},
-                )
 
     def _finish_report(self) -> None:
         settled: Counter[Outcome] = Counter()
@@ -546,8 +541,3 @@ async def _any_true(first: AsyncBool, second: AsyncBool) -> None:
 
         nursery.start_soon(wait, first)
         nursery.start_soon(wait, second)
-
-
-def _stack(task: trio.lowlevel.Task) -> str:
-    frames = list(task.iter_await_frames())
-    return "".join(traceback.StackSummary.extract((f, line) for f, line in frames).format())

@@ -43,10 +43,10 @@ RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handle
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One handler at work. Slot → cancel requests, shutdown log.
+    """One handler at work. Slot → cancel requests, the watch over handlers that do not end.
 
     `limit` is the bound that was set on the scope (Trio's clock); `limited_by_deadline` says which of
-    the two it is.
+    the two it is. `cancelled_at` is when a request cancelled it. `reports` and `given_up` are the watch's.
     """
 
     claim: Claim
@@ -56,6 +56,9 @@ class Running:
     limited_by_deadline: bool = False
     timeout: float = math.inf
     cancel_reason: str | None = None
+    cancelled_at: float = math.inf
+    reports: int = 0
+    given_up: bool = False
     started_at: float = field(default_factory=trio.current_time)
 
 
@@ -113,7 +116,9 @@ class Slots:
             return False
         if running.cancel_reason is None:
             running.cancel_reason = request.reason
+            running.cancelled_at = trio.current_time()
             running.scope.cancel(reason=request.reason)
+            self._live.handler_cancelled.set()
         return True
 
     # Slots.
@@ -203,7 +208,9 @@ class Slots:
         self._on_free()
 
     def _prepare(self, claim: Claim, claimed_at: float, running: Running) -> Job[Any] | None:
-        """Return the job, or None when it is settled without being run."""
+        """Return the job, or None when it is settled without being run, or not ours any more."""
+        if not self._ledger.owns(claim):
+            return None
         if self._busy_ids[claim.job_id]:
             # Our lease was lost and its handler does not obey: no second one beside it.
             self._settle(claim, Verdict(Outcome.SNOOZED, delay=RESTING))
@@ -274,7 +281,8 @@ class Slots:
             claim,
             Settlement(claim.job_id, claim.claim_no, verdict.outcome, error=verdict.error, delay=delay),
         )
-        if verdict.log_error is not None or (not owned and verdict.error is not None):
+        told = verdict.outcome is Outcome.CANCELLED  # whoever cancelled it knows why
+        if verdict.log_error is not None or (not owned and verdict.error is not None and not told):
             log.error(
                 "job %d of %r raised while it was being cancelled, or after its commit: %s",
                 claim.job_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal
 
@@ -15,7 +15,7 @@ from ._client import Client
 from ._errors import OptionError, checked_seconds, sole_error
 from ._flusher import Flusher
 from ._group import GroupContext, WorkerGroup, checked_workers, default_name, with_workers
-from ._model import ShutdownReport
+from ._model import HardStop, ShutdownReport
 from ._options import DEFAULT_SCHEMA, GroupOptions, checked_schema
 from ._postgres import PostgresStore
 from ._queue import Worker
@@ -38,6 +38,9 @@ def open_worker_group(
     lease_duration: float = 30.0,
     lease_margin: float = 5.0,
     beat_interval: float = 6.0,
+    loop_dead_after: float | None = None,
+    hard_stop: Callable[[HardStop], object] | None = None,
+    hard_stop_after: float | None = None,
     poll_interval: float = 1.0,
     listening_poll_interval: float = 5.0,
     rescan_interval: float = 1.0,
@@ -77,6 +80,9 @@ def open_worker_group(
         lease_duration=lease_duration,
         lease_margin=lease_margin,
         beat_interval=beat_interval,
+        loop_dead_after=loop_dead_after,
+        hard_stop=hard_stop,
+        hard_stop_after=hard_stop_after,
         poll_interval=poll_interval,
         listening_poll_interval=listening_poll_interval,
         rescan_interval=rescan_interval,

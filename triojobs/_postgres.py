@@ -8,6 +8,7 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
@@ -15,6 +16,8 @@ import trio
 from psycopg.rows import tuple_row
 
 from ._backoff import reconnect_delay
+from ._beacon import Beacon
+from ._beats import BeatControl, BeatLoop
 from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, clock, run_in_thread
 from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
 from ._lease import Lease
@@ -22,18 +25,24 @@ from ._listener import listen
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
-from ._sql import groups, inspect, notify, operate, settle
+from ._sql import groups, inspect, notify, operate, server, settle
 from ._sql.failures import translate
+from ._sql.hosts import Hosts
 from ._sql.schema import check_schema
-from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
-from ._store import BeatEvents, ClaimOrder, ClaimReply, ListenEvents
+from ._sql.session import (
+    begin_transaction,
+    prepare_job_session,
+    prepare_session,
+    refuse_deaf_conninfo,
+    refuse_undeclared_pooler,
+)
+from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
 __all__ = ["PostgresStore"]
 
 T = TypeVar("T")
 log = logging.getLogger("triojobs.postgres")
 
-PARTITION_INTERVAL: Final = 60.0  # seconds between looks whether new id ranges are needed
 LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
 UNKNOWN: Final = "unknown"  # the answer when that could not be found out
 CLIENT_CONNECTIONS: Final = 2  # one for the flusher's shared commits, one for reads and bulk
@@ -65,17 +74,20 @@ class PostgresStore:
         self.schema = schema
         self._call_timeout = call_timeout
         self._conninfo = conninfo
+        self._hosts = Hosts(conninfo)
         self._pooled = pooled
         self._notify = notify
         self._pid = os.getpid()
         self._breaker = Breaker()
         self._beats: dict[uuid.UUID, BeatControl] = {}
+        self._listen_conninfo = listen_conninfo
+        self._deafness_told = False
         self._can_listen = notify and (not pooled or listen_conninfo is not None)
         self._claim_line = self._line("claim")
         self._settle_line = self._line("settle")
         self._client_line = self._line("client", size=CLIENT_CONNECTIONS)
-        self._job_line = self._line("job", size=job_connections, prepare=prepare_job_session)
-        self._listen_line = self._line("listen", conninfo=listen_conninfo or conninfo, pooled=False)
+        self._job_line = self._line("job", size=job_connections, users=True)
+        self._listen_line = self._line("listen", conninfo=listen_conninfo, pooled=False)
 
     def _line(
         self,
@@ -84,23 +96,37 @@ class PostgresStore:
         size: int = 1,
         conninfo: str | None = None,
         pooled: bool | None = None,
-        prepare: Callable[..., None] = prepare_session,
+        users: bool = False,
     ) -> Line:
+        """Make a line; `users`: it carries the user's own statements."""
         pooled = self._pooled if pooled is None else pooled
 
-        def prepare_connection(conn: psycopg.Connection[Any]) -> None:
-            refuse_undeclared_pooler(conn, declared=pooled)
-            if not pooled:
-                prepare(conn, call_timeout=self._call_timeout)
+        def prepare(conn: psycopg.Connection[Any]) -> None:
+            if pooled:
+                return
+            if conninfo is None:
+                refuse_undeclared_pooler(conn)
+            else:
+                refuse_deaf_conninfo(conn)
+            if users:
+                prepare_job_session(conn)
+            else:
+                prepare_session(conn, call_timeout=self._call_timeout)
+
+        def begin(conn: psycopg.Connection[Any]) -> None:
+            if not users:
+                begin_transaction(conn, call_timeout=self._call_timeout)
 
         return Line(
             role,
             conninfo or self._conninfo,
             self._breaker,
             call_timeout=self._call_timeout,
-            prepare=prepare_connection,
+            prepare=prepare,
             size=size,
             pooled=pooled,
+            begin=begin,
+            hosts=None if conninfo else self._hosts,
         )
 
     def now(self) -> float:
@@ -116,6 +142,12 @@ class PostgresStore:
 
     async def open(self) -> None:
         await self._client_line.run("connecting", lambda call: check_schema(call.conn, self.schema))
+        if self._listen_conninfo is not None and self._can_listen:
+            try:  # the listener will take this connection
+                await self._listen_line.run("connecting to listen", lambda call: None)
+            except DatabaseError as exc:
+                if not exc.transient:
+                    raise
 
     async def aclose(self) -> None:
         for line in (
@@ -141,10 +173,12 @@ class PostgresStore:
 
         await self._claim_line.run("registering the worker group", work)
 
-    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
+    async def hold_lease(
+        self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
+    ) -> None:
         control = self._beats.setdefault(registration.group_id, BeatControl())
         line = self._line("heartbeat")
-        loop = BeatLoop(line, self, registration, lease, events, control)
+        loop = BeatLoop(line, self.schema, self.notify_later, registration, lease, beacon, events, control)
         try:
             await run_in_thread(loop.run, trio.CapacityLimiter(1))
         finally:
@@ -160,6 +194,13 @@ class PostgresStore:
 
     async def listen(self, group_id: uuid.UUID, queues: Collection[str], events: ListenEvents) -> None:
         if not self._can_listen:
+            if self._notify and not self._deafness_told:
+                self._deafness_told = True
+                log.warning(
+                    "LISTEN does not work through a pooler in transaction mode, so this group polls; pass "
+                    "listen_conninfo=, a direct one, or notify=False",
+                    extra={"event": "cannot_listen"},
+                )
             await trio.sleep_forever()
         await listen(
             schema=self.schema,
@@ -175,7 +216,16 @@ class PostgresStore:
         return await self._listen_line.take_out("connecting to listen")
 
     async def _probe(self, conn: psycopg.Connection[Any]) -> None:
-        await self._listen_line.run_on(conn, "probing the listener", lambda c: c.execute("SELECT 1"))
+        def work(conn: psycopg.Connection[Any]) -> None:
+            if server.is_read_only(conn):  # nobody can notify there; among several hosts is the right one
+                raise DatabaseError(
+                    "the server has become read-only",
+                    operation="probing the listener",
+                    sqlstate="25006",
+                    transient=True,
+                )
+
+        await self._listen_line.run_on(conn, "probing the listener", work)
 
     async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
         def work(call: Call) -> ClaimReply:
@@ -196,18 +246,28 @@ class PostgresStore:
             for claimed in claims:
                 got[claimed.queue] += 1
             self.notify_later(call, {q for q, n in promoted.items() if n > got.get(q, 0)})
-            return ClaimReply(got, promoted, due)
+            refused = not claims and not claim_sql.may_claim(
+                call.conn, self.schema, group_id=order.group_id, epoch=order.epoch
+            )
+            return ClaimReply(got, promoted, due, refused=refused)
 
         return await self._claim_line.run("claiming jobs", work)
 
-    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
-        def work(call: Call) -> int:
-            epoch, queues = groups.sweep_strays(call.conn, self.schema, group_id, known())
-            self.notify_later(call, set(queues))
-            # Without a row the group has been rescued; no epoch matches, and the next beat tells.
-            return -1 if epoch is None else epoch
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
+        def work(call: Call) -> Compared | None:
+            found = groups.compare(call.conn, self.schema, group_id, known)
+            if found is None:
+                return None
+            call.on_commit(lambda: missing(found.missing))
+            self.notify_later(call, found.queues)
+            return Compared(found.epoch, found.released)
 
-        return await self._claim_line.run("sweeping claims of unknown fate", work)
+        return await self._claim_line.run("comparing the leases of the worker group", work)
 
     async def mark_waiting(self, group_id: uuid.UUID, queues: Collection[str], waiting: bool) -> None:
         mark = notify.mark_waiting if waiting else notify.unmark_waiting
@@ -295,9 +355,10 @@ class PostgresStore:
                     await trio.sleep(pause)
         raise AssertionError  # a shield swallows nothing
 
-    async def idle(self, queues: Collection[str]) -> bool:
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
         return await self._client_line.run(
-            "looking whether the queues are idle", lambda call: inspect.idle(call.conn, self.schema, queues)
+            "looking whether the queues are idle",
+            lambda call: inspect.idle(call.conn, self.schema, queues, scheduled=scheduled),
         )
 
     # The client.
@@ -456,118 +517,6 @@ class CommitAttempt:
         return status
 
 
-class BeatControl:
-    """How the event loop talks to a beat thread."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._poked = False
-        self.stopped = False
-
-    def poke(self) -> None:
-        """Have a beat at once."""
-        with self._changed:
-            self._poked = True
-            self._changed.notify()
-
-    def stop(self) -> None:
-        """End the loop after the call in flight."""
-        with self._changed:
-            self.stopped = True
-            self._changed.notify()
-
-    def wait(self, seconds: float) -> None:
-        """Wait until poked, stopped, or `seconds` have passed."""
-        with self._changed:
-            if not self._poked and not self.stopped:
-                self._changed.wait(max(0.0, seconds))
-            self._poked = False
-
-
-class BeatLoop:
-    """Beats, hands over cancel requests, and rescues dead groups, in a thread of its own.
-
-    A thread, because a beat that runs on the event loop dies with it: with the loop blocked for
-    10 s the gap was 10.2 s as a Trio task and 2.0 s as a thread.
-    """
-
-    def __init__(
-        self,
-        line: Line,
-        store: PostgresStore,
-        registration: Registration,
-        lease: Lease,
-        events: BeatEvents,
-        control: BeatControl,
-    ) -> None:
-        self._line = line
-        self._store = store
-        self._group_id = registration.group_id
-        self._lease = lease
-        self._events = events
-        self._control = control
-        self._rescue_interval = min(5.0, registration.lease_duration / 6)
-        self._next_rescue = clock()  # the first round is at once: a restart after a crash wants its jobs
-        self._next_partitions = clock() + PARTITION_INTERVAL * random.random()
-
-    def run(self) -> None:
-        while not self._control.stopped:
-            self._control.wait(min(self._lease.next_beat(clock()), self._next_rescue) - clock())
-            if self._control.stopped:
-                return
-            # The beat always goes first: it keeps our own jobs, a rescue can wait.
-            if not self._beat():
-                return
-            if clock() >= self._next_rescue:
-                self._next_rescue = clock() + self._rescue_interval * random.uniform(0.5, 1.0)
-                self._quietly("rescuing dead worker groups", self._rescue)
-            if clock() >= self._next_partitions:
-                self._next_partitions = clock() + PARTITION_INTERVAL * random.uniform(0.5, 1.5)
-                self._quietly("adding partitions", self._add_partitions)
-
-    def _beat(self) -> bool:
-        sent = clock()
-        try:
-            requests = self._line.call(
-                "beating", lambda call: groups.beat(call.conn, self._store.schema, self._group_id)
-            )
-        except DatabaseError as exc:
-            self._lease.fail()
-            log.warning("%s", exc, extra={"event": "beat_failed"})
-            return True
-        if requests is None:
-            if not self._control.stopped:  # once closing has begun, a closed row is no news
-                self._lease.lose()
-                self._events.lease_lost()
-            return False
-        self._lease.confirm(sent)
-        if requests:
-            self._events.cancel_requests(requests)
-        return True
-
-    def _rescue(self, call: Call) -> None:
-        found = groups.rescue(call.conn, self._store.schema)
-        if found.jobs:
-            log.warning(
-                "rescued %d job(s) of %d dead worker group(s)",
-                found.jobs,
-                len(found.groups),
-                extra={"event": "rescued", "groups": [str(g) for g in found.groups], "jobs": found.jobs},
-            )
-            call.on_commit(lambda: self._events.rescued(found.jobs))
-        self._store.notify_later(call, found.queues)
-
-    def _add_partitions(self, call: Call) -> None:
-        groups.add_partitions(call.conn, self._store.schema)
-
-    def _quietly(self, operation: str, fn: Callable[[Call], None]) -> None:
-        """Do a service to all groups; its failure is logged, and the next round comes."""
-        try:
-            self._line.call(operation, fn)
-        except DatabaseError as exc:
-            log.warning("%s", exc, extra={"event": "service_failed"})
-
-
 def enqueue_on_connection(
     conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow]
 ) -> list[Enqueued]:
@@ -608,12 +557,18 @@ class SyncStore:
         self._lock = threading.Lock()
 
         def prepare(conn: psycopg.Connection[Any]) -> None:
-            refuse_undeclared_pooler(conn, declared=pooled)
             if not pooled:
+                refuse_undeclared_pooler(conn)
                 prepare_session(conn, call_timeout=call_timeout)
 
         self._line = Line(
-            "sync client", conninfo, self._breaker, call_timeout=call_timeout, prepare=prepare, pooled=pooled
+            "sync client",
+            conninfo,
+            self._breaker,
+            call_timeout=call_timeout,
+            prepare=prepare,
+            pooled=pooled,
+            begin=partial(begin_transaction, call_timeout=call_timeout),
         )
 
     def run(self, operation: str, fn: Callable[[Call], T]) -> T:
