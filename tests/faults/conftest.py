@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.pooler import Pooler, pgbouncer, program
+
 from .links import Link, NamespaceLink, ProxyLink, namespaces_refused
-from .pooler import PgBouncer, pgbouncer
 from .processes import WorkerProcess, worker_processes
 from .rig import PATIENCE, Figures
 from .servers import Server, Template, servers
@@ -111,9 +112,9 @@ def link(conninfo: str) -> Iterator[Link]:
 
 
 @pytest.fixture
-def bouncer(conninfo: str) -> Iterator[PgBouncer]:
+def bouncer(conninfo: str) -> Iterator[Pooler]:
     """A PgBouncer in transaction mode in front of the test's database."""
-    if shutil.which("pgbouncer") is None and not os.path.exists("/usr/sbin/pgbouncer"):
+    if program() is None:
         pytest.skip("pgbouncer is not installed")
-    with pgbouncer(conninfo) as started:
-        yield started
+    with pgbouncer(conninfo) as pooler:
+        yield pooler

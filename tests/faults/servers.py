@@ -19,7 +19,7 @@ from triojobs._embedded_programs import Account, Programs, runnable_programs, se
 from triojobs._embedded_programs import find_bindir
 from triojobs._sql.schema import migrate
 
-from .rig import PATIENCE
+from .rig import PATIENCE, wait_for_rows
 
 SETTINGS: Final = {
     # A crash of the server, not of the machine: the kernel keeps what was written.
@@ -84,7 +84,7 @@ class Server:
         subprocess.run(["cp", "-a", str(self._template.pgdata), str(self.pgdata)], check=True)
 
     def follow(self, primary: Server) -> None:
-        """Begin as a streaming standby of another server."""
+        """Begin as a streaming standby of another server; `primary_conninfo` may lead there another way."""
         self._template.run(
             "pg_basebackup", "-D", str(self.pgdata), "-d", primary.conninfo, "-R", "-X", "stream",
             "--checkpoint=fast", "--no-sync",
@@ -135,6 +135,11 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def caught_up_with(self, primary: Server) -> None:
+        """Wait until this standby has everything that its primary has committed."""
+        at = value(primary.conninfo, "SELECT pg_current_wal_lsn()::text")
+        wait_for_rows(self.conninfo, "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", at)
 
     def backend(self, kind: str) -> int:
         """Return the process id of one of the server's own processes ("walwriter", "walsender")."""

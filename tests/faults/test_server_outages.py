@@ -1,8 +1,9 @@
-"""Rows 11 to 14, 23: servers that end sessions, crash, are not there, or have no room."""
+"""Rows 11 to 14, 23, 30d: servers that end sessions, crash, are not there, have no room, lose commits."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -182,3 +183,51 @@ def take_all(conninfo: str, hogs: list[psycopg.Connection[Any]]) -> None:
 def enqueue_by_sql(conn: psycopg.Connection[Any]) -> int:
     """Enqueue on a connection that is there already."""
     return triojobs.enqueue_on(conn, plain, "return")
+
+
+async def test_row_30d_the_server_crashes_and_loses_commits_of_claims(
+    make_server: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asynchronous commits, and the process that writes them out is stopped and then killed."""
+    server = make_server(synchronous_commit="off")
+    server.copy_template()
+    server.start()
+    conninfo = server.conninfo
+    first, second = trio.Event(), trio.Event()
+    began: list[tuple[str, int]] = []
+    cancelled: list[tuple[str, str | None]] = []
+
+    async def handler(job: triojobs.Job[Any]) -> str:
+        began.append((job.payload, job.attempt))
+        try:
+            await {"first": first, "second": second}[job.payload].wait()
+        except trio.Cancelled:
+            cancelled.append((job.payload, job.cancel_reason))
+            raise
+        return "done"
+
+    worker = triojobs.Worker(plain, handler, concurrency=1)
+    options = SHORT | {"lease_duration": 30.0, "lease_margin": 5.0}
+    async with triojobs.open_worker_group(conninfo, [worker], **options) as group:
+        ids = await group.client.enqueue_many(plain, ["first", "second"])
+        await wait_until(lambda: began == [("first", 1)])
+        rows(conninfo, "CHECKPOINT")  # so far everything is safe
+        walwriter = server.backend("walwriter")
+        os.kill(walwriter, signal.SIGSTOP)
+        first.set()
+        await wait_until(lambda: began[-1] == ("second", 1))
+        await wait_until(lambda: group.statistics().settled == 1)
+        os.kill(walwriter, signal.SIGKILL)  # which crashes and restarts the server
+        await wait_until(lambda: cancelled)
+        second.set()
+        with trio.fail_after(30):
+            assert [await group.client.result(job_id) for job_id in ids] == ["done", "done"]
+        assert group.statistics().stale == 1  # the lost claim: whatever its handler did was not written
+        assert group.statistics().registrations == 1
+    (compared,) = logged(caplog, "compared")
+    assert compared.job_ids == [ids[1]]  # type: ignore[attr-defined]  # its claim is gone: cancelled
+    assert compared.released == 1  # type: ignore[attr-defined]  # its outcome is gone: runs again
+    assert cancelled == [("second", "the database lost this claim")]
+    assert sorted(began) == [("first", 1), ("first", 1), ("second", 1), ("second", 1)]
+    assert outcomes(conninfo) == [(1, "done")] * 2
+    assert running(conninfo) == 0
