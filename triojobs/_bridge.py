@@ -331,9 +331,16 @@ class Line:
 
         return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
 
-    async def take_out(self, operation: str) -> psycopg.Connection[Any]:
-        """Return a connection that is no longer this line's; the caller closes it."""
-        conn = await self.run(operation, lambda call: call.conn)
+    async def take_out(
+        self, operation: str, fn: Callable[[psycopg.Connection[Any]], None]
+    ) -> psycopg.Connection[Any]:
+        """Run `fn`, and return its connection, which is no longer this line's; the caller closes it."""
+
+        def work(call: Call) -> psycopg.Connection[Any]:
+            fn(call.conn)
+            return call.conn
+
+        conn = await self.run(operation, work)
         self._idle.remove(conn)
         return conn
 

@@ -37,26 +37,30 @@ async def listen(
     group_id: uuid.UUID,
     queues: Collection[str],
     events: ListenEvents,
-    connect: Callable[[], Awaitable[Connection]],
+    connect: Callable[[Callable[[Connection], None]], Awaitable[Connection]],
     probe: Callable[[Connection], Awaitable[None]],
 ) -> None:
     """Report wake-ups until cancelled; reconnect with backoff by itself.
 
-    `connect` and `probe` cross to a thread, bounded in time, and raise DatabaseError.
+    `connect` and `probe` cross to a thread, bounded in time, and raise DatabaseError. `connect` calls
+    the function that it gets there, with the connection that it then returns.
     """
+
+    def begin(conn: Connection) -> None:
+        for channel in (schema, mine):
+            conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+
     failures = 0
     wanted = frozenset(queues)
     mine = group_channel(group_id)
     while True:
         try:
-            conn = await connect()
+            conn = await connect(begin)
         except DatabaseError as exc:
             failures += 1
             log.warning("cannot listen: %s", exc, extra={"event": "listen_failed"})
         else:
             try:
-                for channel in (schema, mine):
-                    conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
                 failures = 0
                 events.listening(True)
                 await _receive(conn, schema, mine, wanted, events, probe)

@@ -211,9 +211,11 @@ class PostgresStore:
             probe=self._probe,
         )
 
-    async def _connect_listener(self) -> psycopg.Connection[Any]:
+    async def _connect_listener(
+        self, begin: Callable[[psycopg.Connection[Any]], None]
+    ) -> psycopg.Connection[Any]:
         # From now on the listener owns it, closes it, and nobody else uses it.
-        return await self._listen_line.take_out("connecting to listen")
+        return await self._listen_line.take_out("connecting to listen", begin)
 
     async def _probe(self, conn: psycopg.Connection[Any]) -> None:
         def work(conn: psycopg.Connection[Any]) -> None:

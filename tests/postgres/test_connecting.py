@@ -166,3 +166,22 @@ def test_without_time_for_it_no_connection_is_opened_and_an_idle_one_is_used(con
         assert line.call("testing", lambda call: call.conn.info.backend_pid) == first
     finally:
         line.close()
+
+
+async def test_no_statement_is_sent_from_the_event_loop(
+    conninfo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would block the loop for as long as the server is silent."""
+    sent: list[tuple[bool, str]] = []
+    execute = psycopg.Cursor.execute
+
+    def execute_and_tell(cursor: Any, query: Any, *args: Any, **options: Any) -> Any:
+        name = cursor.connection.info.get_parameters().get("application_name", "")
+        if name.startswith("triojobs "):
+            sent.append((trio.lowlevel.in_trio_task(), str(query)))
+        return execute(cursor, query, *args, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", execute_and_tell)
+    await run_a_group(conninfo)
+    assert [query for _, query in sent if "LISTEN" in query]
+    assert [query for on_loop, query in sent if on_loop] == []
