@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
-    0: "_errors _model _options _version",
+    0: "_errors _model _options _version _logs",
     1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables",
     2: "_sql",
     3: "_bridge _listener _beats _postgres _wake _memory",

@@ -12,7 +12,6 @@ ClosedResourceError.
 from __future__ import annotations
 
 import copy
-import logging
 import threading
 import time
 from collections import deque
@@ -22,13 +21,14 @@ from typing import Final
 import trio
 
 from ._errors import DatabaseError, TriojobsError
+from ._logs import Log
 from ._model import Enqueued, NewRow
 from ._store import Store
 from ._wake import Wake
 
 __all__ = ["Flusher"]
 
-log = logging.getLogger("triojobs.client")
+log = Log("triojobs.client")
 
 BATCH: Final = 1000  # rows per shared commit
 PENDING_LIMIT: Final = 10_000  # rows waiting before callers must wait to leave theirs: back-pressure

@@ -7,17 +7,16 @@ cancels handlers when the lease runs out.
 
 from __future__ import annotations
 
-import logging
-
 import trio
 
 from ._beacon import TURN_INTERVAL
+from ._logs import Log
 from ._registration import LiveRegistration
 from ._store import Store
 
 __all__ = ["hold_lease", "show_signs_of_life", "watch_lease"]
 
-log = logging.getLogger("triojobs.heartbeat")
+log = Log("triojobs.heartbeat")
 
 
 @trio.lowlevel.enable_ki_protection

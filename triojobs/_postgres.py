@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
@@ -22,6 +21,7 @@ from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, cloc
 from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
+from ._logs import Log
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
@@ -41,7 +41,7 @@ from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 __all__ = ["PostgresStore"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.postgres")
+log = Log("triojobs.postgres")
 
 LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
 UNKNOWN: Final = "unknown"  # the answer when that could not be found out
