@@ -12,7 +12,6 @@ that returned is settled as done even when a cancel came in between.
 from __future__ import annotations
 
 import contextvars
-import logging
 import math
 import random
 import time
@@ -26,6 +25,7 @@ import trio
 from ._errors import CodecError, StaleClaimError
 from ._job import Job
 from ._lifecycle import outcome_of_failure
+from ._logs import Log
 from ._model import CancelRequest, Claim, Outcome, Settlement
 from ._queue import Worker
 from ._registration import LiveRegistration
@@ -35,7 +35,7 @@ from ._verdict import Circumstances, Verdict, capped, describe, judge
 __all__ = ["Slots"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.worker")
+log = Log("triojobs.worker")
 
 YIELD_AFTER: Final = 0.001  # seconds of handlers without a checkpoint before a slot makes one
 RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handler still runs here
