@@ -1,0 +1,136 @@
+"""Who disturbs what, and when. Everything is drawn from the seed; the machine's speed does the rest."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import psycopg
+import trio
+
+from .fleet import Fleet, Member
+from .journal import Journal, clock
+from .plan import STOP_BEYOND_LEASE, Plan
+from .server import Server
+
+TERMINATE_EVERY: Final = (0.05, 0.15)  # seconds between two terminated backends
+KILL_EVERY: Final = (1.5, 3.5)
+STOP_EVERY: Final = (1.0, 3.0)
+SHORT_STOP: Final = (0.2, 1.2)
+DRAIN_EVERY: Final = (3.0, 6.0)
+DOWN: Final = (0.1, 4.0)  # seconds between the server's crash and its new start
+CRASH_AT: Final = 0.5  # share of the jobs enqueued when the server crashes, at the earliest
+LOOK_AGAIN: Final = 0.05  # seconds, while nobody has a job in flight
+CONTROL: Final = "chaos"  # application_name of the driver's own look at the server: spared
+
+TERMINATE: Final = """
+SELECT pg_terminate_backend(pid) FROM (
+    SELECT pid FROM pg_stat_activity
+    WHERE backend_type = 'client backend' AND application_name <> %s AND datname = current_database()
+    ORDER BY random() LIMIT 1
+) victim
+"""
+IN_FLIGHT: Final = """
+SELECT g.name, count(*) FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id GROUP BY 1
+"""
+
+
+class Disturbers:
+    """Disturb until cancelled, but not before each kind of disturbance has happened (`seen_all`)."""
+
+    def __init__(self, plan: Plan, server: Server, fleet: Fleet, journal: Journal) -> None:
+        self.counts: Counter[str] = Counter()
+        self.crashed = trio.Event()
+        self.stopped_beyond_lease = trio.Event()
+        self.killed = trio.Event()
+        self._seed = plan.seed
+        self._server = server
+        self._fleet = fleet
+        self._journal = journal
+
+    async def seen_all(self) -> None:
+        """Return when each kind has happened."""
+        for event in (self.crashed, self.killed, self.stopped_beyond_lease):
+            await event.wait()
+
+    async def terminate_backends(self) -> None:
+        """End random sessions of everybody but the driver's control."""
+        rng = self._rng("terminate")
+        while True:
+            try:
+                with psycopg.connect(
+                    self._server.conninfo, application_name=CONTROL, autocommit=True
+                ) as conn:
+                    while True:
+                        await trio.sleep(rng.uniform(*TERMINATE_EVERY))
+                        row = conn.execute(TERMINATE, [CONTROL]).fetchone()
+                        self.counts["terminate"] += bool(row and row[0])
+            except psycopg.OperationalError:
+                await trio.sleep(0.1)
+
+    async def kill_workers(self) -> None:
+        """SIGKILL."""
+        async for member in self._victims("kill", KILL_EVERY):
+            self._fleet.kill(member)
+            self.killed.set()
+
+    async def drain_workers(self) -> None:
+        """SIGTERM."""
+        async for member in self._victims("drain", DRAIN_EVERY):
+            self._fleet.drain(member)
+
+    async def stop_workers_shortly(self) -> None:
+        """SIGSTOP and SIGCONT, mostly within the lease."""
+        rng = self._rng("short stop")
+        async for member in self._victims("stop shortly", STOP_EVERY):
+            await self._fleet.stop(member, rng.uniform(*SHORT_STOP))
+
+    async def stop_workers_beyond_their_lease(self) -> None:
+        """SIGSTOP, others rescue its jobs and run them, SIGCONT."""
+        async for member in self._victims("stop", STOP_EVERY):
+            await self._fleet.stop(member, STOP_BEYOND_LEASE)
+            self.stopped_beyond_lease.set()
+
+    async def crash_server(self, share: Callable[[], float]) -> None:
+        """Let the server crash once, in the middle, and start it again.
+
+        After a first stop beyond a lease, which would have nobody to take the jobs during the outage.
+        """
+        await self.stopped_beyond_lease.wait()
+        while share() < CRASH_AT:
+            await trio.sleep(0.02)
+        down_at = clock()
+        await self._server.crash()
+        with trio.CancelScope(shield=True):  # whoever ends us needs the server for its checks
+            await trio.sleep(self._rng("down").uniform(*DOWN))
+            await self._server.start_again()
+        self._journal.write("crash", at=down_at, until=clock())
+        self.counts["restart"] += 1
+        self.crashed.set()
+
+    async def _victims(self, what: str, every: tuple[float, float]) -> AsyncIterator[Member]:
+        """Yield members at random times, rather those with many jobs in flight: there it hurts."""
+        rng = self._rng(what)
+        while True:
+            await trio.sleep(rng.uniform(*every))
+            members = self._fleet.idle_members()
+            in_flight = [self._jobs_in_flight().get(member.name, 0) for member in members]
+            while not any(in_flight):
+                await trio.sleep(LOOK_AGAIN)
+                members = self._fleet.idle_members()
+                in_flight = [self._jobs_in_flight().get(member.name, 0) for member in members]
+            # One always goes on undisturbed, to rescue what the others held.
+            if len(members) > 1:
+                yield rng.choices(members, in_flight)[0]
+
+    def _jobs_in_flight(self) -> dict[str, int]:
+        try:
+            with psycopg.connect(self._server.conninfo, application_name=CONTROL) as conn:
+                return dict(conn.execute(IN_FLIGHT).fetchall())
+        except psycopg.OperationalError:
+            return {member.name: 1 for member in self._fleet.members}  # the server is down: anybody
+
+    def _rng(self, what: str) -> random.Random:
+        return random.Random(f"{self._seed} {what}")
