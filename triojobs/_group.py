@@ -78,8 +78,8 @@ class WorkerGroup:
     """
 
     def __init__(self, store: Store, workers: Sequence[Worker[Any, Any]], options: GroupOptions) -> None:
-        self.name = options.name
-        self.report = ShutdownReport()
+        self.name: str = options.name
+        self.report: ShutdownReport = ShutdownReport()
         self._store = store
         self._workers = list(workers)
         self._options = options
@@ -87,7 +87,7 @@ class WorkerGroup:
         self._stopped = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
         self._flusher = Flusher(store)
-        self.client = Client(store, self._flusher)
+        self.client: Client = Client(store, self._flusher)
         self._registrations: list[LiveRegistration] = []
         self._slots: dict[LiveRegistration, dict[str, Slots]] = {}
         self._busy_ids: Counter[int] = Counter()
