@@ -17,6 +17,8 @@ fleet         the worker processes as seen from outside: kept running, killed, s
 producers     enqueues in every form, some rolled back; cancels
 disturbers    who disturbs what, and when
 history       both records in one place, as data
-verify        what must hold; pure, tested with made-up histories
+evidence      what the two records say together
+checks        what must hold; pure, tested with made-up histories
+run           one run from start to findings
 mutants       wrong variants of the runtime that a run must notice
 """

@@ -12,7 +12,7 @@ import trio
 
 from .fleet import Fleet, Member
 from .journal import Journal, clock
-from .plan import STOP_BEYOND_LEASE, Plan
+from .plan import CONTROL, STOP_BEYOND_LEASE, Plan
 from .server import Server
 
 TERMINATE_EVERY: Final = (0.05, 0.15)  # seconds between two terminated backends
@@ -23,7 +23,6 @@ DRAIN_EVERY: Final = (3.0, 6.0)
 DOWN: Final = (0.1, 4.0)  # seconds between the server's crash and its new start
 CRASH_AT: Final = 0.5  # share of the jobs enqueued when the server crashes, at the earliest
 LOOK_AGAIN: Final = 0.05  # seconds, while nobody has a job in flight
-CONTROL: Final = "chaos"  # application_name of the driver's own look at the server: spared
 
 TERMINATE: Final = """
 SELECT pg_terminate_backend(pid) FROM (

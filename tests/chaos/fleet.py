@@ -15,13 +15,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psycopg
 import trio
 
 from .journal import Journal, clock
-from .plan import Plan
+from .plan import CONTROL, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 END_OF_ALL = 20.0  # seconds in which drained processes must end
+LEASED_TO = """
+SELECT l.id FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id WHERE g.name = %s
+"""
 
 
 class Member:
@@ -100,6 +104,8 @@ class Fleet:
             self._journal.write(
                 "ended", process=member.name, code=code, expected=code in member.expected_codes
             )
+            if code == 0:
+                await self._note_jobs_left(member.name)
         self._ended += 1
         if self._ended == len(self.members):
             self.all_ended.set()
@@ -130,6 +136,18 @@ class Fleet:
                 await process.wait()
                 assert process.stdin is not None
                 await process.stdin.aclose()
+
+    async def _note_jobs_left(self, name: str) -> None:
+        """Write down which jobs are still leased to a process that has ended gracefully."""
+        while True:
+            try:
+                with psycopg.connect(self._conninfo, application_name=CONTROL) as conn:
+                    jobs = [row[0] for row in conn.execute(LEASED_TO, [name])]
+            except psycopg.OperationalError:
+                await trio.sleep(0.1)  # the server is down
+            else:
+                self._journal.write("left", process=name, jobs=jobs)
+                return
 
     def _end(self, member: Member, event: str, number: signal.Signals, codes: set[int]) -> None:
         self.counts[event] += 1

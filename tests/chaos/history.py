@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import cbor2
@@ -30,8 +31,8 @@ class Step:
 class Run:
     """One call of a handler.
 
-    `how` is None when it never wrote its end; `error` is the beginning of what it raised. `committing`, `committed` and `transacted` say how far
-    its own transactions came.
+    `how` is None when it never wrote its end; `raised` and `error` are the type and the first words of
+    what it raised. `committing`, `committed` and `transacted` say how far its own transactions came.
     """
 
     job: int
@@ -44,6 +45,7 @@ class Run:
     began: float
     ended: float | None = None
     how: str | None = None
+    raised: str = ""
     error: str = ""
     steps: list[Step] = field(default_factory=list)
     committing: bool = False
@@ -125,18 +127,13 @@ class Outcome:
     def claim(self) -> Claim | None:
         return None if self.group is None or self.claim_no is None else (self.job, self.group, self.claim_no)
 
-    @property
-    def rescued(self) -> bool:
-        """Whether the lease's end is what ended this claim."""
-        return self.error is not None and self.error.startswith("rescued: ")
-
 
 @dataclass
 class JobRow:
     """One row of `jobs`."""
 
     id: int
-    token: str | None
+    token: str
     max_attempts: int
 
 
@@ -156,7 +153,11 @@ class Effect:
 
 @dataclass
 class History:
-    """Everything about one run. `outcomes` are in the order in which they were written."""
+    """Everything about one run.
+
+    `outcomes` are in the order in which they were written; `left` are the jobs that were leased to a
+    process after its graceful end; `groups` are the processes by the ids of their groups.
+    """
 
     runs: list[Run] = field(default_factory=list)
     enqueues: dict[str, Enqueue] = field(default_factory=dict)
@@ -166,6 +167,7 @@ class History:
     outages: list[Outage] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    left: dict[str, list[int]] = field(default_factory=dict)
     jobs: dict[int, JobRow] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     places: list[tuple[int, str]] = field(default_factory=list)
@@ -217,6 +219,8 @@ def add_events(history: History, events: Iterable[tuple[str, dict[str, Any]]]) -
                 history.outages.append(Outage(at, until))
             case {"event": "ended", "process": ended, "code": code, "expected": False}:
                 history.failures.append(f"{ended} ended by itself with {code}")
+            case {"event": "left", "process": ended, "jobs": jobs}:
+                history.left[ended] = jobs
             case {"event": "closed"}:
                 history.reports.append(
                     Report(
@@ -230,12 +234,21 @@ def _go_on(run: Run, event: dict[str, Any]) -> None:
         case {"event": "step", "before": before, "at": after}:
             run.steps.append(Step(before, after))
         case {"event": "end", "how": how, "at": at}:
-            run.how, run.ended, run.error = how, at, event.get("error", "")
+            run.how, run.ended = how, at
+            run.raised, run.error = event.get("raised", ""), event.get("error", "")
         case {"event": name}:
             setattr(run, name, True)
 
 
-JOBS: Final = "SELECT id, metadata ->> 'token', max_attempts FROM triojobs.jobs"
+def add_tracebacks(history: History, directory: Path) -> None:
+    """Add what the processes complained about: whatever the violence, nothing may raise to the surface."""
+    for path in sorted(directory.glob("*.stderr")):
+        text = path.read_text(errors="replace")
+        if "Traceback (most recent call last)" in text:
+            history.failures.append(f"{path.stem} shows a traceback: {text[text.index('Traceback') :]}")
+
+
+JOBS: Final = "SELECT id, coalesce(metadata ->> 'token', 'none'), max_attempts FROM triojobs.jobs"
 OUTCOMES: Final = """
 SELECT job_id, group_id::text, claim_no, attempt, status, error, result, encoding
 FROM triojobs.outcomes ORDER BY no

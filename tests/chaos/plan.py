@@ -15,6 +15,8 @@ STOP_BEYOND_LEASE: Final = LEASE_DURATION + LEASE_DURATION / 6 + 1.0
 # the lease took at least LEASE_DURATION minus this.
 BEAT_LATENESS: Final = 4 * BEAT_INTERVAL
 
+CONTROL: Final = "chaos"  # application_name of the driver's own look at the server: spared
+
 GROUP_OPTIONS: Final[dict[str, Any]] = {
     "lease_duration": LEASE_DURATION,
     "lease_margin": LEASE_MARGIN,

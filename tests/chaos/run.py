@@ -13,14 +13,14 @@ import trio
 
 import triojobs
 
-from .disturbers import CONTROL, Disturbers
+from .checks import Findings, verify
+from .disturbers import Disturbers
 from .fleet import Fleet, running_fleet
-from .history import History, add_events, add_rows
+from .history import History, add_events, add_rows, add_tracebacks
 from .journal import Journal, clock, read_journals
-from .plan import Plan
+from .plan import CONTROL, Plan
 from .producers import Canceller, Producers
 from .server import Server, private_server
-from .verify import Findings, verify
 from .workload import SCHEMA
 
 Say = Callable[[str], None]
@@ -46,6 +46,7 @@ async def chaos(plan: Plan, say: Say) -> tuple[Findings, dict[str, Any]]:
                 figures = await disturbed_work(plan, server, fleet, journal, say)
             history = History()
             add_events(history, read_journals(directory))
+            add_tracebacks(history, directory)
             with psycopg.connect(server.conninfo) as conn:
                 add_rows(history, conn)
         journal.close()

@@ -59,11 +59,16 @@ class Server:
                     await trio.sleep(STEP)
 
 
+def directory_in_memory() -> Path | None:
+    """Return a name for a new directory in memory, or None where there is no room for it."""
+    room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
+    return MEMORY / f"triojobs-chaos-{uuid.uuid4().hex[:12]}" if room else None
+
+
 @asynccontextmanager
 async def private_server() -> AsyncIterator[Server]:
     """Run a server in a directory of its own; both are gone at the end, whatever happens."""
-    memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
-    data_dir = MEMORY / f"triojobs-chaos-{uuid.uuid4().hex[:12]}" if memory else None
+    data_dir = directory_in_memory()
     cluster = Cluster(data_dir, settings=SETTINGS)
     try:
         for _ in cluster.starting():

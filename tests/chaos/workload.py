@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import psycopg
@@ -42,8 +43,7 @@ TIMEOUTS: Final = {"times_out": 0.2}
 DONE_IN_THE_END: Final = frozenset(KINDS) - {"doomed", "kills"}
 ERROR_SHOWN: Final = 60  # characters of a failure that are written down
 GAP: Final = 0.3  # seconds longer than asked for: the process may have been stopped meanwhile
-STEPS_AFTER_ERROR_SHOWN: Final = 60  # characters of a failure that are written down
-GAP: Final = 10
+STEPS_AFTER_GAP: Final = 10
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Handlers:
         try:
             await body(job, run)
         except BaseException as exc:
-            run.write("end", how=how(exc), error=str(exc)[:ERROR_SHOWN])
+            run.write("end", how=how(exc), raised=raised(exc), error=str(exc)[:ERROR_SHOWN])
             raise
         run.write("end", how="returned")
         return Receipt(job.payload.token, job.attempt)
@@ -101,7 +101,7 @@ class Handlers:
         """Has no checkpoint at all."""
 
     async def threaded(self, job: triojobs.Job[Task], run: RunJournal) -> None:
-        await run.through(lambda: trio.to_thread.run_sync(time.sleep, 0.02), 0.02)
+        await run.through(partial(trio.to_thread.run_sync, time.sleep, 0.02), 0.02)
 
     async def long(self, job: triojobs.Job[Task], run: RunJournal) -> None:
         for _ in range(75):
@@ -144,7 +144,7 @@ class Handlers:
 
         await run.sleep(0.002)
         run.write("committing")
-        await run.through(lambda: job.commit(work))
+        await run.through(partial(job.commit, work))
         run.write("committed")
 
     async def transacts(self, job: triojobs.Job[Task], run: RunJournal) -> None:
@@ -169,7 +169,7 @@ class Handlers:
             )
 
         run.write("intended", tokens=[child.token], form="from handler's thread")
-        child_id = await run.through(lambda: trio.to_thread.run_sync(enqueue))
+        child_id = await run.through(partial(trio.to_thread.run_sync, enqueue))
         run.write("enqueued", tokens=[child.token], ids=[child_id])
 
 
@@ -194,7 +194,7 @@ class RunJournal:
 
     async def sleep(self, seconds: float) -> None:
         """Sleep and write that this checkpoint was passed."""
-        await self.through(lambda: trio.sleep(seconds), seconds)
+        await self.through(partial(trio.sleep, seconds), seconds)
 
     async def through(self, wait: Callable[[], Awaitable[Any]], expected: float = 0.0) -> Any:
         """Await something and write that it was passed.
@@ -212,6 +212,11 @@ class RunJournal:
                 await trio.lowlevel.checkpoint()
                 self.write("step", before=before)
         return value
+
+
+def raised(exc: BaseException) -> str:
+    """Name the type; one name for all the ways in which a session can be lost."""
+    return "psycopg.Error" if isinstance(exc, psycopg.Error) else type(exc).__name__
 
 
 def how(exc: BaseException) -> str:
