@@ -27,6 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--jobs", type=int, default=5000, help="how many to enqueue (default 5000)")
     parser.add_argument("--workers", type=int, default=4, help="processes, at least 3 (default 4)")
+    parser.add_argument(
+        "--stops", type=int, default=2, help="at least so many stops beyond a lease (default 2)"
+    )
     parser.add_argument("--seconds", type=float, help="give up after so long (default 60 + jobs / 100)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="a wrong runtime, which must be noticed")
@@ -34,7 +37,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one line on stdout; progress goes to stderr")
     asked = parser.parse_args()
     seconds = 60 + asked.jobs / 100 if asked.seconds is None else asked.seconds
-    plan = Plan(asked.jobs, asked.workers, seconds, asked.seed, asked.mutant, asked.keep)
+    plan = Plan(asked.jobs, asked.workers, asked.stops, seconds, asked.seed, asked.mutant, asked.keep)
     logging.disable(logging.WARNING)  # the driver's own client is disturbed, too
     say(f"seed {plan.seed}")
     result = trio.run(run_until_signal, plan)

@@ -9,7 +9,7 @@ from typing import Final
 
 from .evidence import ENDED, Evidence
 from .history import Claim, History, Outcome, Run
-from .workload import DONE_IN_THE_END, TIMEOUTS
+from .workload import COMMITTING, DONE_IN_THE_END, TIMEOUTS
 
 # How a claim may end in the rows, by how its handler says that it ended (None: it never said so).
 ALLOWED: Final[dict[str | None, frozenset[str]]] = {
@@ -212,13 +212,13 @@ def effects(evidence: Evidence) -> Iterator[str]:
     committed: dict[int, list[Claim]] = defaultdict(list)
     transacted: Counter[Claim] = Counter()
     for effect in evidence.history.effects:
-        if effect.kind == "commits":
+        if effect.kind in COMMITTING:
             committed[effect.job].append(effect.claim)
         else:
             transacted[effect.claim] += 1
     for job, runs in evidence.runs_of_job.items():
         last, kind = evidence.last_outcome(job), runs[0].kind
-        if kind == "commits":
+        if kind in COMMITTING:
             done = [last.claim] if last is not None and last.status == "done" else []
             follow_ups = evidence.count_of_token(f"{runs[0].token}.follow")
             if committed[job] != done or follow_ups != len(done):

@@ -22,6 +22,7 @@ SHORT_STOP: Final = (0.2, 1.2)
 DRAIN_EVERY: Final = (3.0, 6.0)
 DOWN: Final = (0.1, 4.0)  # seconds between the server's crash and its new start
 CRASH_AT: Final = 0.5  # share of the jobs enqueued when the server crashes, at the earliest
+LONG_IN_FLIGHT: Final = 0.1  # seconds after its claim, a job is one of the long ones
 LOOK_AGAIN: Final = 0.05  # seconds, while nobody has a job in flight
 
 TERMINATE: Final = """
@@ -32,26 +33,29 @@ SELECT pg_terminate_backend(pid) FROM (
 ) victim
 """
 IN_FLIGHT: Final = """
-SELECT g.name, count(*) FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id GROUP BY 1
+SELECT g.name, count(*) FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id
+WHERE l.claimed_at < clock_timestamp() - %s * interval '1 second' GROUP BY 1
 """
 
 
 class Disturbers:
-    """Disturb until cancelled, but not before each kind of disturbance has happened (`seen_all`)."""
+    """Each method disturbs in its way until it is cancelled; `seen_all` says when enough has happened."""
 
     def __init__(self, plan: Plan, server: Server, fleet: Fleet, journal: Journal) -> None:
         self.counts: Counter[str] = Counter()
         self.crashed = trio.Event()
         self.stopped_beyond_lease = trio.Event()
+        self.stopped_often = trio.Event()
         self.killed = trio.Event()
+        self._stops = plan.stops
         self._seed = plan.seed
         self._server = server
         self._fleet = fleet
         self._journal = journal
 
     async def seen_all(self) -> None:
-        """Return when each kind has happened."""
-        for event in (self.crashed, self.killed, self.stopped_beyond_lease):
+        """Return when each kind has happened, and stops beyond a lease as often as planned."""
+        for event in (self.crashed, self.killed, self.stopped_often):
             await event.wait()
 
     async def terminate_backends(self) -> None:
@@ -88,9 +92,12 @@ class Disturbers:
 
     async def stop_workers_beyond_their_lease(self) -> None:
         """SIGSTOP, others rescue its jobs and run them, SIGCONT."""
-        async for member in self._victims("stop", STOP_EVERY):
+        async for member in self._victims("stop", STOP_EVERY, least=2, older=LONG_IN_FLIGHT):
             await self._fleet.stop(member, STOP_BEYOND_LEASE)
+            self.counts["stop beyond lease"] += 1
             self.stopped_beyond_lease.set()
+            if self.counts["stop beyond lease"] >= self._stops:
+                self.stopped_often.set()
 
     async def crash_server(self, share: Callable[[], float]) -> None:
         """Let the server crash once, in the middle, and start it again.
@@ -109,27 +116,30 @@ class Disturbers:
         self.counts["restart"] += 1
         self.crashed.set()
 
-    async def _victims(self, what: str, every: tuple[float, float]) -> AsyncIterator[Member]:
-        """Yield members at random times, rather those with many jobs in flight: there it hurts."""
+    async def _victims(
+        self, what: str, every: tuple[float, float], *, least: int = 1, older: float = 0.0
+    ) -> AsyncIterator[Member]:
+        """Yield members at random times, the more probably the more jobs they have in flight.
+
+        Only those that have at least `least` jobs that they claimed more than `older` seconds ago.
+        """
         rng = self._rng(what)
         while True:
             await trio.sleep(rng.uniform(*every))
-            members = self._fleet.idle_members()
-            in_flight = [self._jobs_in_flight().get(member.name, 0) for member in members]
-            while not any(in_flight):
+            while not (in_flight := self._jobs_in_flight(least, older)):
                 await trio.sleep(LOOK_AGAIN)
-                members = self._fleet.idle_members()
-                in_flight = [self._jobs_in_flight().get(member.name, 0) for member in members]
             # One always goes on undisturbed, to rescue what the others held.
-            if len(members) > 1:
-                yield rng.choices(members, in_flight)[0]
+            if len(self._fleet.idle_members()) > 1:
+                yield rng.choices(list(in_flight), list(in_flight.values()))[0]
 
-    def _jobs_in_flight(self) -> dict[str, int]:
+    def _jobs_in_flight(self, least: int, older: float) -> dict[Member, int]:
+        members = self._fleet.idle_members()
         try:
             with psycopg.connect(self._server.conninfo, application_name=CONTROL) as conn:
-                return dict(conn.execute(IN_FLIGHT).fetchall())
+                rows = dict(conn.execute(IN_FLIGHT, [older]).fetchall())
         except psycopg.OperationalError:
-            return {member.name: 1 for member in self._fleet.members}  # the server is down: anybody
+            return dict.fromkeys(members, 1)  # the server is down: anybody
+        return {member: rows[member.name] for member in members if rows.get(member.name, 0) >= least}
 
     def _rng(self, what: str) -> random.Random:
         return random.Random(f"{self._seed} {what}")

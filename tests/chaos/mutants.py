@@ -50,6 +50,27 @@ def release_keeps_the_attempt() -> None:
     )
 
 
+def stale_settlements_are_written() -> None:
+    """A settlement whose claim was taken away writes its outcome all the same (see CONSTRAINTS_DROPPED)."""
+    settle.SETTLE = changed(  # type: ignore[misc]
+        settle.SETTLE,
+        (
+            "), later AS (",
+            """), again AS (
+    INSERT INTO {schema}.outcomes (job_id, group_id, claim_no, attempt, status, result, encoding)
+    SELECT a.id, %(group_id)s, a.claim_no, 1, a.outcome, a.result, a.encoding FROM asked a
+    WHERE a.outcome = 'done' AND NOT EXISTS (SELECT FROM ended e WHERE e.id = a.id)
+), later AS (""",
+        ),
+    )
+
+
+# What the schema would refuse of some mutants, so that the checks must notice it.
+CONSTRAINTS_DROPPED: Final = {
+    "stale-settlements-are-written": (
+        "ALTER TABLE triojobs.outcomes DROP CONSTRAINT outcomes_job_id_group_id_claim_no_key"
+    ),
+}
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
     each.__name__.replace("_", "-"): each
     for each in (
@@ -58,6 +79,7 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
         settle_without_fence,
         handlers_keep_on,
         release_keeps_the_attempt,
+        stale_settlements_are_written,
     )
 }
 

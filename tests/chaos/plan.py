@@ -35,6 +35,7 @@ class Plan:
 
     Attributes:
         jobs: how many jobs the producers commit; handlers add more. workers: processes.
+        stops: stops beyond a lease before the disturbances may end.
         seconds: the run is given up after so long. seed: of everything random on the driver's side.
         mutant: a wrong variant of the runtime for the workers (see `mutants`), or none.
         keep: a new directory for journals and stderr of all processes, to look at afterwards.
@@ -42,6 +43,7 @@ class Plan:
 
     jobs: int = 5000
     workers: int = 4
+    stops: int = 2
     seconds: float = 110.0
     seed: int = 0
     mutant: str | None = None

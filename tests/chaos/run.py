@@ -18,6 +18,7 @@ from .disturbers import Disturbers
 from .fleet import Fleet, running_fleet
 from .history import History, add_events, add_rows, add_tracebacks
 from .journal import Journal, clock, read_journals
+from .mutants import CONSTRAINTS_DROPPED
 from .plan import CONTROL, Plan
 from .producers import Canceller, Producers
 from .server import Server, private_server
@@ -41,6 +42,8 @@ async def chaos(plan: Plan, say: Say) -> tuple[Findings, dict[str, Any]]:
             triojobs.migrate(server.conninfo)
             with psycopg.connect(server.conninfo) as conn:
                 conn.execute(SCHEMA)
+                if dropped := CONSTRAINTS_DROPPED.get(plan.mutant or ""):
+                    conn.execute(dropped)
             say(f"server and {plan.workers} workers start; {plan.jobs} jobs over {plan.span:.0f} s or more")
             async with running_fleet(server.conninfo, directory, journal, plan) as fleet:
                 figures = await disturbed_work(plan, server, fleet, journal, say)

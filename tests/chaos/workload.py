@@ -23,23 +23,25 @@ from .journal import Journal, clock
 
 # How often each kind is drawn.
 KINDS: Final = {
-    "plain": 38,
+    "plain": 34,
     "instant": 12,
     "threaded": 6,
-    "long": 4,
+    "long": 8,
     "flaky": 10,
     "doomed": 3,
     "kills": 2,
     "asks_for_later": 4,
     "snoozes": 4,
     "times_out": 3,
-    "commits": 8,
+    "commits": 6,
+    "commits_slowly": 3,
     "transacts": 3,
     "spawns": 5,
 }
 PATIENT: Final = 40  # attempts of jobs that shall get done, however often their process dies
 ATTEMPTS: Final = {"doomed": 3}
 TIMEOUTS: Final = {"times_out": 0.2}
+COMMITTING: Final = frozenset({"commits", "commits_slowly"})
 DONE_IN_THE_END: Final = frozenset(KINDS) - {"doomed", "kills"}
 ERROR_SHOWN: Final = 60  # characters of a failure that are written down
 GAP: Final = 0.3  # seconds longer than asked for: the process may have been stopped meanwhile
@@ -104,8 +106,8 @@ class Handlers:
         await run.through(partial(trio.to_thread.run_sync, time.sleep, 0.02), 0.02)
 
     async def long(self, job: triojobs.Job[Task], run: RunJournal) -> None:
-        for _ in range(75):
-            await run.sleep(0.02)
+        for _ in range(100):
+            await run.sleep(0.025)
 
     async def flaky(self, job: triojobs.Job[Task], run: RunJournal) -> None:
         await run.sleep(0.002)
@@ -135,9 +137,16 @@ class Handlers:
 
     async def commits(self, job: triojobs.Job[Task], run: RunJournal) -> None:
         """Writes an effect, a follow-up job and the completion in one transaction."""
+        await self._commit(job, run, seconds=0.0)
 
+    async def commits_slowly(self, job: triojobs.Job[Task], run: RunJournal) -> None:
+        """Is in the middle of its transaction when something happens to its process."""
+        await self._commit(job, run, seconds=1.0)
+
+    async def _commit(self, job: triojobs.Job[Task], run: RunJournal, seconds: float) -> None:
         def work(conn: psycopg.Connection[Any]) -> Receipt:
             insert_effect(conn, job)
+            conn.execute("SELECT pg_sleep(%s)", [seconds])
             follow_up = Task(f"{job.payload.token}.follow", "plain")
             triojobs.enqueue_on(conn, child_queue, follow_up, metadata={"token": follow_up.token})
             return Receipt(job.payload.token, job.attempt)
