@@ -132,8 +132,7 @@ def unexcused(evidence: Evidence) -> Iterator[str]:
     """Only what was in flight at a kill, a stop or a crash is rescued, and so may run twice."""
     for claim in evidence.outcome_of_claim:
         if evidence.fate(claim) == "rescued" and not evidence.rescue_is_excused(claim):
-            process = evidence.history.groups.get(claim[1])
-            yield f"claim {claim} of {process} was rescued, and nothing had happened to it"
+            yield f"claim {claim} of {evidence.history.groups.get(claim[1])} was rescued without a reason"
 
 
 def ran_after_the_end(evidence: Evidence) -> Iterator[str]:

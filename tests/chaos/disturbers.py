@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from functools import partial
+from typing import Any, Final, LiteralString
 
 import psycopg
 import trio
 
 from .fleet import Fleet, Member
 from .journal import Journal, clock
-from .plan import CONTROL, STOP_BEYOND_LEASE, Plan
+from .plan import CONTROL, STOP_AT_MOST, Plan
 from .server import Server
 
 TERMINATE_EVERY: Final = (0.05, 0.15)  # seconds between two terminated backends
@@ -22,8 +23,10 @@ SHORT_STOP: Final = (0.2, 1.2)
 DRAIN_EVERY: Final = (3.0, 6.0)
 DOWN: Final = (0.1, 4.0)  # seconds between the server's crash and its new start
 CRASH_AT: Final = 0.5  # share of the jobs enqueued when the server crashes, at the earliest
-LONG_IN_FLIGHT: Final = 0.1  # seconds after its claim, a job is one of the long ones
-LOOK_AGAIN: Final = 0.05  # seconds, while nobody has a job in flight
+LONG_IN_FLIGHT: Final = 0.3  # seconds after its claim, a job is one of the long ones
+LOOK_AGAIN: Final = 0.05  # seconds between looks of those who wait for something to happen
+AFTERMATH: Final = 1.0  # seconds in which a woken process settles and registers again
+BEGUN: Final = 0.1  # seconds after its claim, a handler is at work
 
 TERMINATE: Final = """
 SELECT pg_terminate_backend(pid) FROM (
@@ -35,6 +38,14 @@ SELECT pg_terminate_backend(pid) FROM (
 IN_FLIGHT: Final = """
 SELECT g.name, count(*) FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id
 WHERE l.claimed_at < clock_timestamp() - %s * interval '1 second' GROUP BY 1
+"""
+HELD: Final = """
+SELECT l.id FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id
+WHERE g.name = %s AND l.claimed_at < clock_timestamp() - %s * interval '1 second'
+"""
+HELD_BY_OTHERS: Final = """
+SELECT l.id FROM triojobs.leases l JOIN triojobs.worker_groups g ON g.id = l.group_id
+WHERE l.id = ANY (%s) AND g.name <> %s
 """
 
 
@@ -88,21 +99,42 @@ class Disturbers:
         """SIGSTOP and SIGCONT, mostly within the lease."""
         rng = self._rng("short stop")
         async for member in self._victims("stop shortly", STOP_EVERY):
-            await self._fleet.stop(member, rng.uniform(*SHORT_STOP))
+            await self._fleet.stop(member, partial(trio.sleep, rng.uniform(*SHORT_STOP)))
 
     async def stop_workers_beyond_their_lease(self) -> None:
-        """SIGSTOP, others rescue its jobs and run them, SIGCONT."""
+        """SIGSTOP until others have rescued jobs of the process and run them, SIGCONT."""
         async for member in self._victims("stop", STOP_EVERY, least=2, older=LONG_IN_FLIGHT):
-            await self._fleet.stop(member, STOP_BEYOND_LEASE)
-            self.counts["stop beyond lease"] += 1
-            self.stopped_beyond_lease.set()
+            before = self.counts["stop beyond lease"]
+            await self._fleet.stop(member, partial(self._until_taken_over, member))
+            if self.counts["stop beyond lease"] > before:
+                await trio.sleep(AFTERMATH)
+                self.stopped_beyond_lease.set()
             if self.counts["stop beyond lease"] >= self._stops:
                 self.stopped_often.set()
+
+    async def _until_taken_over(self, member: Member) -> None:
+        held = await self._look(HELD, [member.name, LONG_IN_FLIGHT])
+        jobs = [job for (job,) in held]
+        with trio.move_on_after(STOP_AT_MOST):
+            while not await self._look(HELD_BY_OTHERS, [jobs, member.name]):
+                await trio.sleep(LOOK_AGAIN)
+            await trio.sleep(BEGUN)
+            self.counts["stop beyond lease"] += 1
+
+    async def _look(self, query: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
+        """Ask the server, as soon as it is up."""
+        while True:
+            try:
+                with psycopg.connect(self._server.conninfo, application_name=CONTROL) as conn:
+                    return conn.execute(query, parameters).fetchall()
+            except psycopg.OperationalError:
+                await trio.sleep(LOOK_AGAIN)
 
     async def crash_server(self, share: Callable[[], float]) -> None:
         """Let the server crash once, in the middle, and start it again.
 
-        After a first stop beyond a lease, which would have nobody to take the jobs during the outage.
+        After a first stop beyond a lease and what followed from it: during an outage nobody could take
+        the jobs over, and the woken process could not try to settle them.
         """
         await self.stopped_beyond_lease.wait()
         while share() < CRASH_AT:

@@ -141,14 +141,20 @@ class Evidence:
         if not self.rescued(run):
             return None
         for stop in reversed(self.stops_of_process.get(run.process, [])):
-            ended_lease = min(stop.until, other.began) - stop.at >= LEASE_DURATION - BEAT_LATENESS
-            if ended_lease and run.began <= stop.until + BEGUN_AFTER_STOP:
+            long_enough = min(stop.until, other.began) - stop.at >= LEASE_DURATION - BEAT_LATENESS
+            if long_enough and self._in_flight_at(stop, run):
                 return stop
         return None
 
+    def _in_flight_at(self, stop: Stop, run: Run) -> bool:
+        """Whether a process had this run in hand when it was stopped, perhaps without having begun it."""
+        group = self.history.groups.get(run.group)
+        return group is not None and group.since <= stop.at and run.began <= stop.until + BEGUN_AFTER_STOP
+
     def rescue_is_excused(self, claim: Claim) -> bool:
         """Whether something had happened to the claim's process, or the server, while it was in flight."""
-        process, run = self.history.groups.get(claim[1], ""), self.run_of_claim.get(claim)
+        group, run = self.history.groups.get(claim[1]), self.run_of_claim.get(claim)
+        process = "" if group is None else group.process
         began = -math.inf if run is None else run.began
         over = math.inf if run is None else self.over(run) + SETTLED_WITHIN
         happened = [

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -64,8 +64,8 @@ class Fleet:
         """End the process at once."""
         self._end(member, "kill", signal.SIGKILL, {-signal.SIGKILL})
 
-    async def stop(self, member: Member, seconds: float) -> None:
-        """Stop the process for so long; it goes on even if we are cancelled meanwhile."""
+    async def stop(self, member: Member, wait: Callable[[], Awaitable[object]]) -> None:
+        """Stop the process until `wait` returns, or is cancelled."""
         process, name = member.process, member.name
         if process is None:
             return
@@ -74,7 +74,7 @@ class Fleet:
         stopped_at = clock()
         self.counts["stop"] += 1
         try:
-            await trio.sleep(seconds)
+            await wait()
         finally:
             member.busy = False
             process.send_signal(signal.SIGCONT)  # a process that has ended does not mind

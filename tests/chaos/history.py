@@ -6,6 +6,7 @@ The SQL here is of its own: it reads tables, not the view, and shares nothing wi
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Final
 
 import cbor2
 import psycopg
+
+from .journal import clock
 
 # ---- what was written down ----
 
@@ -152,11 +155,19 @@ class Effect:
 
 
 @dataclass
+class Group:
+    """One row of `worker_groups`; `since` is the machine's monotonic clock."""
+
+    process: str
+    since: float
+
+
+@dataclass
 class History:
     """Everything about one run.
 
     `outcomes` are in the order in which they were written; `left` are the jobs that were leased to a
-    process after its graceful end; `groups` are the processes by the ids of their groups.
+    process after its graceful end.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -171,7 +182,7 @@ class History:
     jobs: dict[int, JobRow] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     places: list[tuple[int, str]] = field(default_factory=list)
-    groups: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
     effects: list[Effect] = field(default_factory=list)
     orders: list[str] = field(default_factory=list)
 
@@ -253,6 +264,7 @@ OUTCOMES: Final = """
 SELECT job_id, group_id::text, claim_no, attempt, status, error, result, encoding
 FROM triojobs.outcomes ORDER BY no
 """
+GROUPS: Final = "SELECT id::text, name, extract(epoch FROM registered_at)::float8 FROM triojobs.worker_groups"
 PLACES: Final = """
 SELECT id, 'ready' FROM triojobs.ready UNION ALL SELECT id, 'scheduled' FROM triojobs.scheduled
 UNION ALL SELECT id, 'leases' FROM triojobs.leases
@@ -264,7 +276,9 @@ def add_rows(history: History, conn: psycopg.Connection[Any]) -> None:
     history.jobs = {row[0]: JobRow(*row) for row in conn.execute(JOBS)}
     history.outcomes = [Outcome(*row[:6], result=_plain(*row[6:])) for row in conn.execute(OUTCOMES)]
     history.places = conn.execute(PLACES).fetchall()
-    history.groups = dict(conn.execute("SELECT id::text, name FROM triojobs.worker_groups").fetchall())
+    behind = time.time() - clock()  # the server's clock is this machine's wall clock
+    groups = conn.execute(GROUPS).fetchall()
+    history.groups = {id: Group(name, since - behind) for id, name, since in groups}
     effects = conn.execute("SELECT job_id, group_id::text, claim_no, kind FROM chaos_effects")
     history.effects = [Effect(*row) for row in effects]
     history.orders = [row[0] for row in conn.execute("SELECT token FROM chaos_orders")]

@@ -9,8 +9,7 @@ from typing import Any, Final
 LEASE_DURATION: Final = 3.0  # seconds; short, so that a run sees many leases end
 LEASE_MARGIN: Final = 1.0
 BEAT_INTERVAL: Final = 0.4
-# A stop of this length ends the lease, and leaves others time to rescue and to run the jobs again.
-STOP_BEYOND_LEASE: Final = LEASE_DURATION + LEASE_DURATION / 6 + 1.0
+STOP_AT_MOST: Final = 5 * LEASE_DURATION  # others need the lease's end, a rescue round and a claim
 # The last beat before a stop may be this old when backends are being terminated: a stop that ended
 # the lease took at least LEASE_DURATION minus this.
 BEAT_LATENESS: Final = 4 * BEAT_INTERVAL

@@ -13,6 +13,7 @@ from tests.chaos.history import (
     Cancel,
     Effect,
     Enqueue,
+    Group,
     History,
     JobRow,
     Outage,
@@ -57,7 +58,7 @@ class Story:
 
     def __init__(self) -> None:
         self.history = History(
-            groups={"g1": "worker-1", "g2": "worker-2", "g3": "worker-3"},
+            groups={f"g{n}": Group(f"worker-{n}", 0.0) for n in (1, 2, 3)},
             stops=[Stop("worker-1", 100.0, 105.0)],
             kills={"worker-2": 200.0},
             outages=[Outage(300.0, 304.0)],
@@ -90,7 +91,7 @@ class Story:
             attempt=attempt,
             token=token(job),
             kind=KINDS[job],
-            process=self.history.groups[group],
+            process=self.history.groups[group].process,
             began=at,
             ended=None if how is None else (at + 1 if until is None else until),
             how=how,
@@ -300,6 +301,11 @@ def a_handler_overlaps_though_its_process_was_not_stopped(history: History) -> N
 @case("overlaps", "unexcused")
 def a_handler_overlaps_long_after_the_stop(history: History) -> None:
     history.stops[0] = Stop("worker-1", 90.0, 95.0)
+
+
+@case("overlaps")
+def a_handler_overlaps_whose_group_registered_after_the_stop(history: History) -> None:
+    history.groups["g1"].since = 103.0
 
 
 @case("past_checkpoint")
