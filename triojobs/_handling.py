@@ -131,13 +131,12 @@ class Slots:
             with trio.CancelScope() as scope:
                 while True:
                     await self._ready_for_next(task)
+                    await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
                     await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
                     if scope.cancel_called:
                         break
-                    if self._live.interrupted_at != math.inf:
-                        await trio.lowlevel.checkpoint_if_cancelled()
 
     @trio.lowlevel.enable_ki_protection
     async def dispatch(self, nursery: trio.Nursery) -> None:
@@ -150,8 +149,17 @@ class Slots:
 
     @trio.lowlevel.enable_ki_protection
     async def _alone(self, claim: Claim, claimed_at: float) -> None:
+        await self._start_nothing_when_interrupted()
         with trio.CancelScope() as scope:
             await self._run(claim, claimed_at, scope, trio.lowlevel.current_task())
+
+    async def _start_nothing_when_interrupted(self) -> None:
+        """Raise Cancelled when handlers are being cancelled: without a checkpoint one would run to its end.
+
+        What was not started stays in the ledger, and the closing gives it back.
+        """
+        if self._live.interrupted_at != math.inf:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _ready_for_next(self, task: trio.lowlevel.Task) -> None:
         """Return when the inbox has a job, in clean context variables."""
