@@ -2,8 +2,8 @@
 
 try:
     import psycopg as _psycopg
-except ImportError as exc:
-    raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from exc
+except ImportError as _exc:
+    raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from _exc
 
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client

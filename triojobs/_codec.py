@@ -64,9 +64,11 @@ class CborCodec:
     name = "cbor"
 
     def encode(self, value: Any) -> bytes:
+        """Return the bytes of a value."""
         return cbor2.dumps(msgspec.to_builtins(value, builtin_types=CBOR_NATIVE))
 
     def plain(self, data: bytes) -> Any:
+        """Return the plain values in `data`; CodecError: these bytes can never be read."""
         stream = io.BytesIO(data)
         try:
             value = cbor2.load(stream)
@@ -80,9 +82,11 @@ class CborCodec:
         return value
 
     def decode(self, data: bytes, type: Any) -> Any:
+        """Return `data` as `type`; CodecError when it can never be read, other errors when it does not fit."""
         return self.convert(self.plain(data), type)
 
     def convert(self, plain: Any, type: Any) -> Any:
+        """Return plain values as `type`, strictly."""
         return msgspec.convert(plain, type, strict=True, builtin_types=CBOR_NATIVE)
 
 
@@ -96,18 +100,22 @@ class JsonCodec:
     name = "json"
 
     def encode(self, value: Any) -> bytes:
+        """Return the bytes of a value."""
         return msgspec.json.encode(value)
 
     def plain(self, data: bytes) -> Any:
+        """Return the plain values in `data`; CodecError: these bytes can never be read."""
         try:
             return msgspec.json.decode(data)
         except Exception as exc:
             raise CodecError(f"{len(data)} bytes are no JSON: {cut(exc)}", operation="decoding") from exc
 
     def decode(self, data: bytes, type: Any) -> Any:
+        """Return `data` as `type`; CodecError when it can never be read, other errors when it does not fit."""
         return self.convert(self.plain(data), type)
 
     def convert(self, plain: Any, type: Any) -> Any:
+        """Return plain values as `type`, strictly."""
         return msgspec.convert(plain, type, strict=True, str_keys=True)
 
 
@@ -126,6 +134,7 @@ class PydanticCodec:
     name = "cbor"
 
     def encode(self, value: Any) -> bytes:
+        """Return the bytes of a value."""
         from pydantic_core import to_jsonable_python
 
         # Not mode="json": it makes text of bytes and refuses those that are none.
@@ -135,9 +144,11 @@ class PydanticCodec:
         return cbor2.dumps(plain)
 
     def decode(self, data: bytes, type: Any) -> Any:
+        """Return `data` as `type`; CodecError when it can never be read, other errors when it does not fit."""
         return self.convert(CBOR.plain(data), type)
 
     def convert(self, plain: Any, type: Any) -> Any:
+        """Return plain values as `type`, strictly."""
         if type is Any:
             return plain
         return _adapter(type).validate_python(plain)

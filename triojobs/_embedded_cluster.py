@@ -67,13 +67,13 @@ class Cluster:
             raise OptionError("data_dir", data_dir, "a path, or None", operation=OPERATION)
         self.data_dir = data_dir
         self.bindir = bindir
-        self.settings = dict(settings or {})
+        self.settings: dict[str, str] = dict(settings or {})
         self.home: Path | None = None
         self.socket_dir: Path | None = None
         self.lock: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self.adopted: int | None = None
-        self.port = str(PORT)
+        self.port: str = str(PORT)
 
     @property
     def conninfo(self) -> str:

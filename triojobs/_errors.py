@@ -206,7 +206,7 @@ class RetryAfter(Exception):
     """Raised by a handler: this attempt failed; run the job again after `seconds` (finite, >= 0)."""
 
     def __init__(self, seconds: float, message: str = "") -> None:
-        self.seconds = checked_seconds("RetryAfter.seconds", seconds)
+        self.seconds: float = checked_seconds("RetryAfter.seconds", seconds)
         super().__init__(message or f"retry after {seconds:g} s")
 
 
@@ -214,7 +214,7 @@ class Snooze(Exception):
     """Raised by a handler: run the job again after `seconds`; this attempt is not counted."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = checked_seconds("Snooze.seconds", seconds)
+        self.seconds: float = checked_seconds("Snooze.seconds", seconds)
         super().__init__(f"snoozed for {seconds:g} s")
 
 
@@ -222,7 +222,7 @@ class Kill(Exception):
     """Raised by a handler: the job ends as killed, whatever attempts are left."""
 
     def __init__(self, reason: str = "killed by its handler") -> None:
-        self.reason = str(reason)
+        self.reason: str = str(reason)
         super().__init__(self.reason)
 
 

@@ -70,7 +70,7 @@ class Flusher:
         self._closing = False
         self._deadline: float | None = None
         self._token = trio.lowlevel.current_trio_token()
-        self.ended = trio.Event()
+        self.ended: trio.Event = trio.Event()
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:

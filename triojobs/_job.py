@@ -45,7 +45,7 @@ class Job(Generic[PayloadT]):
     def __init__(self, claim: Claim, payload: PayloadT, port: JobPort) -> None:
         self._claim = claim
         self._port = port
-        self.payload = payload
+        self.payload: PayloadT = payload
 
     def __repr__(self) -> str:
         return f"<Job {self.id} of {self.queue!r}, attempt {self.attempt} of {self.max_attempts}>"

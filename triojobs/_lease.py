@@ -27,8 +27,8 @@ class Lease:
         self.duration = duration
         self.margin = margin
         self.interval = interval
-        self.until = -math.inf  # handlers must be cancelled when the clock reaches this
-        self.lost = False  # a beat matched no row: somebody else closed this registration
+        self.until: float = -math.inf  # handlers must be cancelled when the clock reaches this
+        self.lost: bool = False  # a beat matched no row: somebody else closed this registration
         self._sent = -math.inf
         self._failures = 0
 

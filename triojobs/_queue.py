@@ -106,16 +106,16 @@ class Queue(Generic[PayloadT, ResultT]):
         payload_limit: int = PAYLOAD_LIMIT,
         result_limit: int = PAYLOAD_LIMIT,
     ) -> None:
-        self.name = checked_name("queue", name)
-        self.payload = payload
-        self.result = result
+        self.name: str = checked_name("queue", name)
+        self.payload: type[PayloadT] | Any = payload
+        self.result: type[ResultT] | Any = result
         if not isinstance(codec, Codec) or isinstance(codec, type):  # a class has the methods, too
             raise OptionError("codec", codec, "an object with name, encode(value) and decode(data, type)")
         checked_text("codec.name", codec.name, least=1, most=32)
-        self.codec = codec
+        self.codec: Codec = codec
         # Far below PostgreSQL's gigabyte per value: a claim fetches many payloads at once.
-        self.payload_limit = checked_count("payload_limit", payload_limit, most=256 * 1024 * 1024)
-        self.result_limit = checked_count("result_limit", result_limit, most=256 * 1024 * 1024)
+        self.payload_limit: int = checked_count("payload_limit", payload_limit, most=256 * 1024 * 1024)
+        self.result_limit: int = checked_count("result_limit", result_limit, most=256 * 1024 * 1024)
 
     def __repr__(self) -> str:
         return f"Queue({self.name!r}, {getattr(self.payload, '__name__', self.payload)})"
@@ -193,11 +193,13 @@ class Worker(Generic[PayloadT, ResultT]):
             raise OptionError("handler", handler, "an async function that takes a job")
         if not isinstance(retry, Backoff):
             raise OptionError("retry", retry, "a triojobs.Backoff")
-        self.queue = queue
-        self.handler = handler
-        self.concurrency = checked_count("concurrency", concurrency, most=100_000)
-        self.timeout = None if timeout is None else checked_seconds("timeout", timeout, positive=True)
-        self.retry = retry
+        self.queue: Queue[PayloadT, ResultT] = queue
+        self.handler: Callable[[Job[PayloadT]], Awaitable[ResultT]] = handler
+        self.concurrency: int = checked_count("concurrency", concurrency, most=100_000)
+        self.timeout: float | None = (
+            None if timeout is None else checked_seconds("timeout", timeout, positive=True)
+        )
+        self.retry: Backoff = retry
 
     def __repr__(self) -> str:
         return f"Worker({self.queue.name!r}, concurrency={self.concurrency})"

@@ -59,9 +59,7 @@ async def by_thread(conninfo: str, queue: Any, payload: Any, **options: Any) -> 
     if "timeout" in options:
         options["job_timeout"] = options.pop("timeout")
     async with triojobs.open_client(conninfo) as client:
-        return await trio.to_thread.run_sync(
-            lambda: client.enqueue_from_thread(queue, payload, **options)
-        )
+        return await trio.to_thread.run_sync(lambda: client.enqueue_from_thread(queue, payload, **options))
 
 
 async def by_sync_client(conninfo: str, queue: Any, payload: Any, **options: Any) -> int:
@@ -166,7 +164,8 @@ async def test_each_form_has_the_documented_defaults(conninfo: str, form: Form) 
 async def test_each_form_counts_a_delay_by_the_servers_clock(conninfo: str, form: Form) -> None:
     await form(conninfo, plain, None, delay=60)
     assert value(
-        conninfo, "SELECT run_at - enqueued_at BETWEEN interval '59 s' AND interval '60.1 s' FROM triojobs.jobs"
+        conninfo,
+        "SELECT run_at - enqueued_at BETWEEN interval '59 s' AND interval '60.1 s' FROM triojobs.jobs",
     )
     assert places(conninfo) == {"jobs": 1, "scheduled": 1}
 
@@ -350,7 +349,9 @@ async def test_a_payload_over_the_limit_is_refused_and_nothing_is_written(connin
     assert places(conninfo) == {}
 
 
-@pytest.mark.parametrize("payload", [{"to": "ada"}, SendEmail(to=5), "ada", None, triojobs.NewJob(SendEmail("x"))])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "payload", [{"to": "ada"}, SendEmail(to=5), "ada", None, triojobs.NewJob(SendEmail("x"))]
+)  # type: ignore[arg-type]
 async def test_a_payload_of_another_type_is_refused(conninfo: str, payload: Any) -> None:
     async with triojobs.open_client(conninfo) as client:
         with pytest.raises(triojobs.OptionError) as caught:
@@ -371,7 +372,13 @@ async def test_something_that_is_no_queue_is_refused(conninfo: str) -> None:
 async def test_enqueue_many_returns_ids_in_the_order_given(conninfo: str) -> None:
     async with triojobs.open_client(conninfo) as client:
         reserved = await client.new_job_id()
-        payloads = [1, triojobs.NewJob(2, key="z"), 3, triojobs.NewJob(4, key="a"), triojobs.NewJob(5, job_id=reserved)]
+        payloads = [
+            1,
+            triojobs.NewJob(2, key="z"),
+            3,
+            triojobs.NewJob(4, key="a"),
+            triojobs.NewJob(5, job_id=reserved),
+        ]
         ids = await client.enqueue_many(plain, payloads)
         infos = [await client.get(job_id) for job_id in ids]
     assert [info.payload for info in infos if info] == [1, 2, 3, 4, 5]
@@ -407,7 +414,9 @@ async def test_a_taken_key_undoes_the_whole_call_and_its_index_is_named(conninfo
     async with triojobs.open_client(conninfo) as client:
         taken = await client.enqueue(plain, None, key="taken")
         with pytest.raises(triojobs.DuplicateJobError) as caught:
-            await client.enqueue_many(plain, [1, 2, triojobs.NewJob(3, key="free"), triojobs.NewJob(4, key="taken"), 5])
+            await client.enqueue_many(
+                plain, [1, 2, triojobs.NewJob(3, key="free"), triojobs.NewJob(4, key="taken"), 5]
+            )
     assert (caught.value.index, caught.value.job_id, caught.value.key) == (3, taken, "taken")
     assert "item 3" in str(caught.value)
     assert places(conninfo) == {"jobs": 1, "ready": 1, "keys": 1}
@@ -449,7 +458,9 @@ async def test_one_bad_item_refuses_the_call_and_is_named(conninfo: str) -> None
     assert places(conninfo) == {}
 
 
-async def test_a_call_of_several_chunks_is_one_transaction(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_of_several_chunks_is_one_transaction(
+    conninfo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("triojobs._sql.enqueue.CHUNK", 100)
     async with triojobs.open_client(conninfo) as client:
         ids = await client.enqueue_many(plain, range(250))
@@ -615,7 +626,11 @@ async def test_a_server_that_refuses_has_not_committed(conninfo: str) -> None:
         rows(conninfo, "ALTER TABLE triojobs.ready ADD CONSTRAINT no_seven CHECK (priority <> 7)")
         with pytest.raises(triojobs.DatabaseError) as caught:
             await client.enqueue(plain, None, priority=7)
-        assert (caught.value.committed, caught.value.transient, caught.value.sqlstate) == (False, False, "23514")
+        assert (caught.value.committed, caught.value.transient, caught.value.sqlstate) == (
+            False,
+            False,
+            "23514",
+        )
         await client.enqueue(plain, None)
     assert places(conninfo) == {"jobs": 1, "ready": 1}
 
@@ -650,7 +665,9 @@ async def test_a_closed_client_says_so(conninfo: str) -> None:
 async def test_closing_a_client_leaves_no_connection_behind(conninfo: str) -> None:
     async with triojobs.open_client(conninfo) as client:
         await client.enqueue(plain, None)
-    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
     with trio.fail_after(5):
         while value(conninfo, query):
             await trio.sleep(0.01)

@@ -51,8 +51,8 @@ class Activity:
     to: str
 
 
-emails = triojobs.Queue(EMAILS, Email, result=Receipt)
-activities = triojobs.Queue(ACTIVITIES, Activity)
+emails: triojobs.Queue[Email, Receipt] = triojobs.Queue(EMAILS, Email, result=Receipt)
+activities: triojobs.Queue[Activity, Any] = triojobs.Queue(ACTIVITIES, Activity)
 
 
 class MailboxError(Exception):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 
 __all__ = ["migrate", "verify"]
 
 
-def dsn_option(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def dsn_option(*, required: bool) -> Decorator:
     """Return the option `--dsn`, the same for every command that talks to the database."""
     return click.option(
         "--dsn",
@@ -22,7 +25,7 @@ def dsn_option(*, required: bool) -> Callable[[Callable[..., Any]], Callable[...
     )
 
 
-schema_option = click.option(
+schema_option: Decorator = click.option(
     "--schema", default="triojobs", show_default=True, metavar="NAME", help="The schema of the job tables."
 )
 

