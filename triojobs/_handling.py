@@ -287,7 +287,7 @@ class Slots:
                 "job %d of %r raised while it was being cancelled, or after its commit: %s",
                 claim.job_id,
                 claim.queue,
-                verdict.error or describe(verdict.log_error or RuntimeError()),
+                verdict.error if verdict.log_error is None else describe(verdict.log_error),
                 extra={"event": "error_aside", "job_id": claim.job_id, "queue": claim.queue},
             )
 
@@ -297,6 +297,7 @@ class Slots:
         running = self.running.get(claim.job_id)
         return running.cancel_reason if running is not None and running.claim is claim else None
 
+    @trio.lowlevel.enable_ki_protection  # it runs inside the handler, where Ctrl-C may strike
     async def commit_work(self, claim: Claim, work: Callable[[Any], T], *, completing: bool) -> T:
         operation = "committing" if completing else "transacting"
         if not self._ledger.owns(claim):

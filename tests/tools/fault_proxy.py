@@ -31,6 +31,7 @@ class FaultProxy:
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._flowing = threading.Event()
         self._flowing.set()
+        self._deaf = False
         self._refusing = False
         self._closed = False
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -49,8 +50,13 @@ class FaultProxy:
         """Forward nothing, but keep everything open: a black hole."""
         self._flowing.clear()
 
+    def lose_replies(self) -> None:
+        """Forward what clients say, and drop what the server answers."""
+        self._deaf = True
+
     def heal(self) -> None:
         """Work again."""
+        self._deaf = False
         with self._lock:
             self._refusing = False
         self._flowing.set()
@@ -90,7 +96,12 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._flowing.wait()
-                sink.sendall(data)
+                with self._lock:
+                    cut = pair not in self._pairs
+                if cut:
+                    break  # what was held back is lost
+                if not (self._deaf and source is pair[1]):
+                    sink.sendall(data)
         _close(pair)
         with self._lock:
             self._pairs.discard(pair)
