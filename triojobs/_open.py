@@ -183,5 +183,3 @@ def open_client(
         checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
     )
     return ClientContext(store, CLIENT_CLOSE_TIMEOUT)
-
-

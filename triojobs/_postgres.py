@@ -373,8 +373,6 @@ class PostgresStore:
             call.afterwards(lambda conn: notify.notify_waiting(conn, self.schema, queues))
 
 
-
-
 def enqueue_in_transaction(
     call: Call, schema: str, rows: Sequence[NewRow], check: Callable[[], None] = lambda: None
 ) -> list[Enqueued]:
