@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 import triojobs
+from triojobs import _stubborn
 
 plain: triojobs.Queue[Any, Any] = triojobs.Queue("plain")
 somebody_waits = trio.Event()
@@ -106,6 +107,11 @@ async def handle(job: triojobs.Job[Any]) -> Any:
     return value
 
 
+def hard_stop(why: triojobs.HardStop) -> None:
+    tell("hard_stop", reason=why.reason, jobs=list(why.job_ids), stack=why.stack)
+    os._exit(70)
+
+
 class Started:
     """What `serve` reports its open group to."""
 
@@ -120,6 +126,10 @@ async def main(settings: dict[str, Any]) -> None:
     conninfo, options = settings["conninfo"], settings.get("options", {})
     workers = [triojobs.Worker(plain, handle, concurrency=settings.get("concurrency", 10))]
     begun = Started()
+    if "stubborn_interval" in settings:
+        _stubborn.STUBBORN_INTERVAL = settings["stubborn_interval"]  # type: ignore[misc]
+    if settings.get("hard_stop"):
+        options["hard_stop"] = hard_stop
     try:
         if settings.get("serve"):
             await triojobs.serve(conninfo, workers, task_status=begun, **options)
