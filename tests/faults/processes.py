@@ -24,7 +24,12 @@ class WorkerProcess:
 
     def __init__(self, conninfo: str, *, env: dict[str, str] | None = None, **settings: Any) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.worker_program", json.dumps({"conninfo": conninfo, **settings})],
+            [
+                sys.executable,
+                "-m",
+                "tests.faults.worker_program",
+                json.dumps({"conninfo": conninfo, **settings}),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -45,7 +50,9 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_for(self, event: str, *, count: int = 1, seconds: float = PATIENCE, **fields: Any) -> dict[str, Any]:
+    def wait_for(
+        self, event: str, *, count: int = 1, seconds: float = PATIENCE, **fields: Any
+    ) -> dict[str, Any]:
         """Wait for the count-th line about an event with these fields; return it."""
         with self._changed:
             found = self._changed.wait_for(lambda: self._nth(event, count, fields), seconds)

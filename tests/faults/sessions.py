@@ -58,9 +58,7 @@ def terminate(conninfo: str, role: str) -> int:
     return ended
 
 
-async def disturb_sessions(
-    conninfo: str, through: str, end: Callable[[str], int]
-) -> None:
+async def disturb_sessions(conninfo: str, through: str, end: Callable[[str], int]) -> None:
     """Run jobs while connections of one role after the other are ended, every 50 ms, until each was hit twice."""
     effects = Effects(conninfo)
     hit: Counter[str] = Counter()

@@ -59,7 +59,11 @@ async def test_row_22_a_session_becomes_read_only_because_its_server_was_demoted
         # The client's session is still the old one; its caller hears that nothing was written.
         with pytest.raises(triojobs.DatabaseError) as caught:
             await group.client.enqueue(plain, "return")
-        assert (caught.value.sqlstate, caught.value.transient, caught.value.committed) == ("25006", True, False)
+        assert (caught.value.sqlstate, caught.value.transient, caught.value.committed) == (
+            "25006",
+            True,
+            False,
+        )
         late = await group.client.enqueue(plain, "return")
         with trio.fail_after(30):
             await group.client.result(late)

@@ -168,9 +168,7 @@ async def test_row_36_results_that_cannot_be_written_and_payloads_that_cannot_be
     worker = triojobs.Worker(plain, handler, retry=AT_ONCE)
     async with triojobs.open_worker_group(conninfo, [worker], **SHORT) as group:
         unreadable = value(conninfo, "SELECT nextval('triojobs.job_ids')")
-        insert = (
-            "SELECT triojobs.insert_job(%s, 'plain', %s, 'cbor', NULL, '{}', 0, 5, NULL, NULL, now())"
-        )
+        insert = "SELECT triojobs.insert_job(%s, 'plain', %s, 'cbor', NULL, '{}', 0, 5, NULL, NULL, now())"
         rows(conninfo, insert, unreadable, b"\xff\xff")
         nonsense = await group.client.enqueue(plain, "nonsense", max_attempts=2)
         healthy = await group.client.enqueue(plain, "healthy")

@@ -15,7 +15,20 @@ import triojobs
 from tests.tools.fault_proxy import fault_proxy
 from tests.tools.looking import blocked, locked, terminate, until
 
-from .rig import CLAIM, GATE, SETTLE, SHORT, Figures, Journal, exit_bound, logged, outcomes, plain, rescue_bound, running
+from .rig import (
+    CLAIM,
+    GATE,
+    SETTLE,
+    SHORT,
+    Figures,
+    Journal,
+    exit_bound,
+    logged,
+    outcomes,
+    plain,
+    rescue_bound,
+    running,
+)
 from .rig import wait_until, waiting
 
 
@@ -125,9 +138,7 @@ async def a_serialization_failure(conninfo: str) -> None:
     assert journal.began == [(job_id, 1)]
 
 
-async def test_row_25_claims_are_refused_for_a_while(
-    conninfo: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_row_25_claims_are_refused_for_a_while(conninfo: str, caplog: pytest.LogCaptureFixture) -> None:
     """The disk is full, the statement takes too long, memory is short: said by the proxy for the server."""
     codes = ("53100", "57014", "53200")
     journal = Journal()
