@@ -15,8 +15,7 @@ import psycopg
 
 from tests.tools.looking import value
 from triojobs._embedded_cluster import Cluster, running_cluster
-from triojobs._embedded_programs import Account, Programs, runnable_programs, server_account
-from triojobs._embedded_programs import find_bindir
+from triojobs._embedded_programs import Account, Programs, find_bindir, runnable_programs, server_account
 from triojobs._sql.schema import migrate
 
 from .rig import PATIENCE, wait_for_rows

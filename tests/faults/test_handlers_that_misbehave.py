@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import psycopg
 import pytest
 import trio
 
@@ -19,8 +17,19 @@ from tests.tools.looking import rows, until, value
 from triojobs import _stubborn
 
 from .processes import WorkerProcess
-from .rig import AT_ONCE, SHORT, Figures, Journal, logged, outcomes, plain, rescue_bound, running
-from .rig import wait_until, waiting
+from .rig import (
+    AT_ONCE,
+    SHORT,
+    Figures,
+    Journal,
+    logged,
+    outcomes,
+    plain,
+    rescue_bound,
+    running,
+    wait_until,
+    waiting,
+)
 
 Start = Callable[..., WorkerProcess]
 BRIEF: dict[str, Any] = SHORT | {"lease_duration": 2.0, "lease_margin": 0.5, "beat_interval": 0.3}

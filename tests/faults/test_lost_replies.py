@@ -19,9 +19,25 @@ from tests.tools.looking import blocked, locked, places, rows, until, value
 from triojobs._model import Outcome
 from triojobs._sql import session
 
-from .rig import CLAIM, GATE, SETTLE, SHORT, Figures, Journal, background_group, committed_claims, exit_bound
-from .rig import keep_claims, logged, outcomes
-from .rig import plain, rescue_bound, running, wait_until, waiting
+from .rig import (
+    CLAIM,
+    GATE,
+    SETTLE,
+    SHORT,
+    Figures,
+    Journal,
+    background_group,
+    committed_claims,
+    exit_bound,
+    keep_claims,
+    logged,
+    outcomes,
+    plain,
+    rescue_bound,
+    running,
+    wait_until,
+    waiting,
+)
 
 
 @pytest.fixture

@@ -15,8 +15,20 @@ from triojobs import _listener
 from triojobs._backoff import RECONNECT_LIMIT
 
 from .links import Link
-from .rig import NEVER_POLLS, SHORT, Figures, Journal, call_bound, exit_bound, logged, outcomes, plain
-from .rig import rescue_bound, running, wait_until
+from .rig import (
+    NEVER_POLLS,
+    SHORT,
+    Figures,
+    Journal,
+    call_bound,
+    exit_bound,
+    logged,
+    outcomes,
+    plain,
+    rescue_bound,
+    running,
+    wait_until,
+)
 from .sessions import disturb_sessions
 
 

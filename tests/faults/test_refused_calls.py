@@ -28,8 +28,9 @@ from .rig import (
     plain,
     rescue_bound,
     running,
+    wait_until,
+    waiting,
 )
-from .rig import wait_until, waiting
 
 
 async def test_row_15_the_backend_is_stopped_in_a_claim(

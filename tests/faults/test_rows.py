@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-ROWS = [str(n) for n in range(1, 51)] + "10b 10c 30b 30c 30d 40b 46b 46c".split()
+ROWS = [str(n) for n in range(1, 51)] + ["10b", "10c", "30b", "30c", "30d", "40b", "46b", "46c"]
 
 
 def test_every_row_has_exactly_one_test() -> None:

@@ -19,8 +19,18 @@ import triojobs
 from tests.tools.looking import rows, value
 from triojobs._backoff import RECONNECT_LIMIT
 
-from .rig import SHORT, Figures, Journal, exit_bound, logged, outcomes, plain, rescue_bound
-from .rig import running, wait_until
+from .rig import (
+    SHORT,
+    Figures,
+    Journal,
+    exit_bound,
+    logged,
+    outcomes,
+    plain,
+    rescue_bound,
+    running,
+    wait_until,
+)
 from .servers import Server
 from .sessions import disturb_sessions, terminate
 

@@ -17,8 +17,18 @@ import trio
 import triojobs
 from tests.tools.looking import blocked, locked, places, rows, until, value
 
-from .rig import PATIENCE, SHORT, Figures, Journal, background_group, exit_bound, outcomes, plain, running
-from .rig import wait_until
+from .rig import (
+    PATIENCE,
+    SHORT,
+    Figures,
+    Journal,
+    background_group,
+    exit_bound,
+    outcomes,
+    plain,
+    running,
+    wait_until,
+)
 
 THREADS = 60  # Trio's default limiter has 40
 other: triojobs.Queue[Any, Any] = triojobs.Queue("other")

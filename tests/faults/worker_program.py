@@ -72,8 +72,10 @@ async def do(job: triojobs.Job[Any], word: str, seconds: float) -> Any:
             await trio.sleep_forever()
         case "sleep":
             await trio.sleep(seconds)
+        case "clock":
+            tell("clock", job=job.id, wall=time.time())
         case "block_loop":
-            time.sleep(seconds)  # noqa: ASYNC251 - the fault
+            time.sleep(seconds)
         case "hold_gil":
             hold_gil(seconds)
             await trio.sleep(60)
@@ -154,7 +156,20 @@ def tell_report(group: triojobs.WorkerGroup) -> None:
     )
 
 
+def jump(file: str) -> None:
+    """Move `time.time` by what a file says: the stand-in for libfaketime."""
+    real = time.time
+
+    def moved() -> float:
+        with open(file) as offset:
+            return real() + int(offset.read().rstrip("s") or 0)
+
+    time.time = moved
+
+
 if __name__ == "__main__":
+    if file := os.environ.get("TRIOJOBS_TEST_CLOCK"):
+        jump(file)
     log = logging.getLogger("triojobs")
     log.setLevel(logging.INFO)
     log.addHandler(TellingHandler())
