@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, LiteralString
 
 import psycopg
@@ -165,6 +166,26 @@ class Journal:
     def worker(self, **options: Any) -> triojobs.Worker[Any, Any]:
         """Return a worker that runs this handler."""
         return triojobs.Worker(plain, self.handle, **({"retry": AT_ONCE} | options))
+
+
+@asynccontextmanager
+async def background_group(
+    conninfo: str, workers: Sequence[triojobs.Worker[Any, Any]], **options: Any
+) -> AsyncIterator[tuple[trio.CancelScope, list[triojobs.WorkerGroup]]]:
+    """Run a group beside the block until the scope is cancelled; when the block is left it has ended."""
+    scope = trio.CancelScope()
+    groups: list[triojobs.WorkerGroup] = []
+
+    async def live() -> None:
+        with scope:
+            async with triojobs.open_worker_group(conninfo, workers, **SHORT | options) as group:
+                groups.append(group)
+                await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(live)
+        await wait_until(lambda: groups)
+        yield scope, groups
 
 
 def logged(caplog: pytest.LogCaptureFixture, event: str) -> list[logging.LogRecord]:

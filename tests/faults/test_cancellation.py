@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ import trio.lowlevel
 import triojobs
 from tests.tools.fault_proxy import fault_proxy
 from tests.tools.looking import blocked, locked, rows
-from triojobs._bridge import Call
 from triojobs._sql import claim as claim_sql
 from triojobs._sql import settle as settle_sql
 
+from .gates import ThreadGate
 from .rig import (
-    PATIENCE,
     SHORT,
     Figures,
     Journal,
@@ -90,38 +88,6 @@ def test_row_04_sigint_at_any_step(conninfo: str, figures: Figures) -> None:
     runs = disturbed(conninfo, lambda run: signal.raise_signal(signal.SIGINT))
     check_errors(runs, KeyboardInterrupt)
     figures.note("exit", max(run.left_in for run in runs), at_most=exit_bound(SHORT))
-
-
-class ThreadGate:
-    """Stops the thread that executes a statement, once, at a named point."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, module: Any, name: str, point: str) -> None:
-        self.reached = threading.Event()
-        self.open = threading.Event()
-        original, finish = getattr(module, name), Call.finish
-        armed = [point]
-        mine: list[int] = []
-
-        def stop(at: str) -> None:
-            if armed == [at]:
-                armed.clear()
-                self.reached.set()
-                assert self.open.wait(PATIENCE)
-
-        def statement(*args: Any, **options: Any) -> Any:
-            stop("before the statement")
-            result = original(*args, **options)
-            stop("committed")
-            mine.append(threading.get_ident())
-            return result
-
-        def finishing(call: Call) -> None:
-            finish(call)  # the ledger knows; the thread has yet to return
-            if threading.get_ident() in mine:
-                stop("before its return")
-
-        patch.setattr(module, name, statement)
-        patch.setattr(Call, "finish", finishing)
 
 
 @pytest.mark.parametrize("point", ["before the statement", "committed", "before its return"])
@@ -206,7 +172,9 @@ async def cancel_in_backoff(conninfo: str, caplog: pytest.LogCaptureFixture) -> 
             other = await group.client.enqueue(plain, "wait", max_attempts=2)
             await journal.wait_for_beginnings(3)
             proxy.cut()
-            await wait_until(lambda: len(logged(caplog, "claim_failed")) >= 3)
+            # The fetcher, or who compares for it after a claim that was cut off.
+            failures = ("claim_failed", "compare_failed")
+            await wait_until(lambda: sum(len(logged(caplog, event)) for event in failures) >= 3)
             began = trio.current_time()
             proxy.heal()
             scope.cancel()

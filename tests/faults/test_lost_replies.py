@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any, LiteralString
 
 import psycopg
@@ -27,6 +26,7 @@ from .rig import (
     SHORT,
     Figures,
     Journal,
+    background_group,
     committed_claims,
     exit_bound,
     keep_claims,
@@ -64,26 +64,6 @@ def repeatable_read(conninfo: str) -> Iterator[None]:
 async def enqueue_one(conninfo: str, payload: str = "return", **options: Any) -> int:
     async with triojobs.open_client(conninfo) as client:
         return await client.enqueue(plain, payload, **options)
-
-
-@asynccontextmanager
-async def background_group(
-    conninfo: str, journal: Journal, **options: Any
-) -> AsyncIterator[tuple[trio.CancelScope, list[triojobs.WorkerGroup]]]:
-    """Run a group beside the block, until the scope is cancelled; it was left when the block is."""
-    scope = trio.CancelScope()
-    groups: list[triojobs.WorkerGroup] = []
-
-    async def live() -> None:
-        with scope:
-            async with triojobs.open_worker_group(conninfo, [journal.worker()], **SHORT | options) as group:
-                groups.append(group)
-                await trio.sleep_forever()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(live)
-        await wait_until(lambda: groups)
-        yield scope, groups
 
 
 async def test_row_08_the_reply_of_a_claim_is_lost(
@@ -148,7 +128,7 @@ async def test_row_10_a_claim_commits_after_its_client_has_left(
 async def close_waits_for_the_claim(conninfo: str, job_id: int, figures: Figures) -> None:
     journal = Journal()
     with fault_proxy(conninfo) as (proxy, through), locked(conninfo, GATE, job_id) as gate:
-        async with background_group(through, journal) as (scope, groups):
+        async with background_group(through, [journal.worker()]) as (scope, groups):
             await blocked(conninfo, "claim")
             assert proxy.freeze("claim") == 1
             began = trio.current_time()
@@ -166,7 +146,7 @@ async def late_claim_matches_nothing(conninfo: str, figures: Figures) -> None:
     journal = Journal()
     with fault_proxy(conninfo) as (proxy, through):
         late = proxy.hold(CLAIM)
-        async with background_group(through, journal) as (scope, groups):
+        async with background_group(through, [journal.worker()]) as (scope, groups):
             await wait_until(late.sent.is_set)
             began = trio.current_time()
             scope.cancel()
@@ -242,7 +222,7 @@ async def rescue_passes_over_the_claim(conninfo: str, job_id: int, figures: Figu
         WHERE closed_at IS NULL AND lease_until < now() - %s * interval '1 s'
     """
     with fault_proxy(conninfo) as (proxy, through), locked(conninfo, GATE, job_id) as gate:
-        async with background_group(through, cut_off, **options) as (scope, _):
+        async with background_group(through, [cut_off.worker()], **options) as (scope, _):
             await blocked(conninfo, "claim")
             proxy.stall()
             async with triojobs.open_worker_group(conninfo, [rescuer.worker()], **options) as group:

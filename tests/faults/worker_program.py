@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 import triojobs
+from triojobs import _stubborn
 
 plain: triojobs.Queue[Any, Any] = triojobs.Queue("plain")
 somebody_waits = trio.Event()
@@ -71,6 +72,8 @@ async def do(job: triojobs.Job[Any], word: str, seconds: float) -> Any:
             await trio.sleep_forever()
         case "sleep":
             await trio.sleep(seconds)
+        case "clock":
+            tell("clock", job=job.id, wall=time.time())
         case "block_loop":
             time.sleep(seconds)
         case "hold_gil":
@@ -106,6 +109,11 @@ async def handle(job: triojobs.Job[Any]) -> Any:
     return value
 
 
+def hard_stop(why: triojobs.HardStop) -> None:
+    tell("hard_stop", reason=why.reason, jobs=list(why.job_ids), stack=why.stack)
+    os._exit(70)
+
+
 class Started:
     """What `serve` reports its open group to."""
 
@@ -120,6 +128,10 @@ async def main(settings: dict[str, Any]) -> None:
     conninfo, options = settings["conninfo"], settings.get("options", {})
     workers = [triojobs.Worker(plain, handle, concurrency=settings.get("concurrency", 10))]
     begun = Started()
+    if "stubborn_interval" in settings:
+        _stubborn.STUBBORN_INTERVAL = settings["stubborn_interval"]  # type: ignore[misc]
+    if settings.get("hard_stop"):
+        options["hard_stop"] = hard_stop
     try:
         if settings.get("serve"):
             await triojobs.serve(conninfo, workers, task_status=begun, **options)
@@ -144,7 +156,20 @@ def tell_report(group: triojobs.WorkerGroup) -> None:
     )
 
 
+def jump(file: str) -> None:
+    """Move `time.time` by what a file says: the stand-in for libfaketime."""
+    real = time.time
+
+    def moved() -> float:
+        with open(file) as offset:
+            return real() + int(offset.read().rstrip("s") or 0)
+
+    time.time = moved
+
+
 if __name__ == "__main__":
+    if file := os.environ.get("TRIOJOBS_TEST_CLOCK"):
+        jump(file)
     log = logging.getLogger("triojobs")
     log.setLevel(logging.INFO)
     log.addHandler(TellingHandler())
