@@ -30,13 +30,13 @@ def main() -> int:
     parser.add_argument(
         "--stops", type=int, default=2, help="at least so many stops beyond a lease (default 2)"
     )
-    parser.add_argument("--seconds", type=float, help="give up after so long (default 60 + jobs / 100)")
+    parser.add_argument("--seconds", type=float, help="give up after so long (default 120 + jobs / 50)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="a wrong runtime, which must be noticed")
     parser.add_argument("--keep", type=Path, help="a new directory in which journals and stderr stay")
     parser.add_argument("--json", action="store_true", help="one line on stdout; progress goes to stderr")
     asked = parser.parse_args()
-    seconds = 60 + asked.jobs / 100 if asked.seconds is None else asked.seconds
+    seconds = 120 + asked.jobs / 50 if asked.seconds is None else asked.seconds
     plan = Plan(asked.jobs, asked.workers, asked.stops, seconds, asked.seed, asked.mutant, asked.keep)
     logging.disable(logging.WARNING)  # the driver's own client is disturbed, too
     say(f"seed {plan.seed}")
