@@ -40,7 +40,6 @@ retire          a rival rescues every registration of the group: their claims be
 ENDING: Final = frozenset({"cancel", "sibling", "stop", "sigint", "handler_sigint"})  # of the group
 
 
-
 NEEDS_GROUP: Final = frozenset({"stop", "lose"})
 
 

@@ -180,9 +180,7 @@ def _no_overlap(record: Record) -> Iterator[str]:
 
 def _no_needless_rescue(record: Record) -> Iterator[str]:
     if "retire" not in record.injected:
-        yield from (
-            f"job {o.job_id}, claim {o.claim_no}" for o in _outcomes(record) if _rescued(record, o)
-        )
+        yield from (f"job {o.job_id}, claim {o.claim_no}" for o in _outcomes(record) if _rescued(record, o))
 
 
 def _lease_kept(record: Record) -> Iterator[str]:
