@@ -315,7 +315,8 @@ def _attempts_exact(program: Program, db: psycopg.Connection[Any]) -> Iterator[s
 
 def _commits_exact(program: Program, db: psycopg.Connection[Any]) -> Iterator[str]:
     row = db.execute(
-        "SELECT (SELECT count(*) FROM public.gate_sent), (SELECT count(*) FROM triojobs.jobs WHERE queue = 'gate_children'),"
+        "SELECT (SELECT count(*) FROM public.gate_sent),"
+        " (SELECT count(*) FROM triojobs.jobs WHERE queue = 'gate_children'),"
         " (SELECT count(*) FROM triojobs.outcomes o JOIN triojobs.jobs j ON j.id = o.job_id"
         "  WHERE o.status = 'done' AND convert_from(j.payload, 'UTF8') LIKE '%commits')"
     ).fetchone()
