@@ -89,7 +89,7 @@ class Fleet:
         self._closing = True
         for member in self.members:
             if not member.expected_codes:
-                self.drain(member)
+                self._end(member, "last drain", signal.SIGTERM, {0, -signal.SIGTERM})
         with trio.move_on_after(END_OF_ALL):
             await self.all_ended.wait()
 

@@ -22,7 +22,7 @@ from .journal import Journal
 from .plan import GROUP_OPTIONS
 from .workload import QUEUES, Handlers
 
-CONCURRENCY = 8
+CONCURRENCY = 16
 RETRY = triojobs.Backoff(first=0.05, factor=1.5, limit=1.0)
 START_AGAIN = 0.1  # seconds before the group is opened again after the server was out of reach
 
