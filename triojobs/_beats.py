@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import threading
@@ -13,13 +12,14 @@ from ._beacon import Beacon
 from ._bridge import Call, Line, clock
 from ._errors import DatabaseError
 from ._lease import Lease
+from ._logs import Log
 from ._model import Registration
 from ._sql import groups
 from ._store import BeatEvents
 
 __all__ = ["BeatControl", "BeatLoop"]
 
-log = logging.getLogger("triojobs.heartbeat")
+log = Log("triojobs.heartbeat")
 
 PARTITION_INTERVAL: Final = 60.0  # seconds between looks whether new id ranges are needed
 

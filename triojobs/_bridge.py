@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
 import select
@@ -30,6 +29,7 @@ import psycopg
 import trio
 
 from ._errors import DatabaseError, TriojobsError
+from ._logs import Log
 from ._sql import failures
 from ._sql.failures import Remedy, remedy, translate
 from ._sql.hosts import Hosts
@@ -37,7 +37,7 @@ from ._sql.hosts import Hosts
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.bridge")
+log = Log("triojobs.bridge")
 
 CONNECT_LEAST: Final = (
     1.0  # seconds to a deadline that are worth a connect; libpq may take two, so one too many

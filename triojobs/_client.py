@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
-import logging
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -36,6 +35,7 @@ from ._errors import (
     cut,
 )
 from ._flusher import Flusher
+from ._logs import Log
 from ._model import Enqueued, JobInfo, JobStatus, KeyUntil, NewRow, OnConflict, RawJob
 from ._options import checked_count, checked_text
 from ._queue import NewJob, Queue, new_row
@@ -48,7 +48,7 @@ ResultT = TypeVar("ResultT")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-log = logging.getLogger("triojobs.client")
+log = Log("triojobs.client")
 
 ENCODED_AT_ONCE: Final = 500  # payloads between two checkpoints of a large call: about a millisecond
 FIRST_LOOK: Final = 0.02  # seconds before a waiter looks again; grows while nothing ends

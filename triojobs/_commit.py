@@ -11,7 +11,6 @@ between loses. A COMMIT whose reply is lost is resolved by looking for the outco
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Callable
@@ -24,12 +23,13 @@ from psycopg.pq import TransactionStatus
 from ._backoff import reconnect_delay
 from ._bridge import BrokenOff, Call, Line, clock
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
+from ._logs import Log
 from ._model import Claim
 from ._sql import settle
 
 __all__ = ["CommitAttempt", "commit"]
 
-log = logging.getLogger("triojobs.commit")
+log = Log("triojobs.commit")
 
 LOOK_TIME: Final = 3.0  # seconds to find out whether a COMMIT without a reply has happened
 SHORTEST_LOOK: Final = 0.2  # seconds; with less left it is not worth a call

@@ -21,13 +21,14 @@ import trio
 
 from ._backoff import reconnect_delay
 from ._errors import DatabaseError, SchemaError
+from ._logs import Log
 from ._model import CancelRequest
 from ._registration import LiveRegistration
 from ._store import Store
 
 __all__ = ["LOST", "compare_when_in_doubt"]
 
-log = logging.getLogger("triojobs.comparison")
+log = Log("triojobs.comparison")
 
 LOST: Final = "the database lost this claim"  # what the handler of such a job sees as its reason
 

@@ -24,11 +24,14 @@ from typing import Final
 import trio
 
 from ._errors import DatabaseError, TriojobsError
+from ._logs import Log
 from ._model import Enqueued, NewRow
 from ._store import Store
 from ._wake import Wake
 
 __all__ = ["Flusher"]
+
+log = Log("triojobs.client")
 
 BATCH: Final = 1000  # rows per shared commit
 BATCH_BYTES: Final = 16 * 1024 * 1024  # of payload per shared commit: what one statement carries

@@ -19,7 +19,6 @@ The group is a class with protected entry and exit, like `trio.open_nursery`: wi
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import random
@@ -44,6 +43,7 @@ from ._flusher import Flusher
 from ._handling import Slots
 from ._heartbeat import hold_lease, watch_lease
 from ._lease import Lease
+from ._logs import Log
 from ._model import (
     SETTLED,
     CancelRequest,
@@ -63,7 +63,7 @@ from ._version import VERSION
 
 __all__ = ["GroupContext", "WorkerGroup"]
 
-log = logging.getLogger("triojobs.group")
+log = Log("triojobs.group")
 
 IDLE_FIRST, IDLE_LAST = 0.05, 1.0  # seconds between looks of wait_idle
 

@@ -12,7 +12,6 @@ that returned is settled as done even when a cancel came in between.
 from __future__ import annotations
 
 import contextvars
-import logging
 import math
 import random
 import time
@@ -26,6 +25,7 @@ import trio
 from ._errors import CodecError, StaleClaimError
 from ._job import Job
 from ._lifecycle import outcome_of_failure
+from ._logs import Log
 from ._model import CancelRequest, Claim, Outcome, Settlement
 from ._queue import Worker
 from ._registration import LiveRegistration
@@ -35,7 +35,7 @@ from ._verdict import Circumstances, Verdict, capped, describe, judge
 __all__ = ["Slots"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.worker")
+log = Log("triojobs.worker")
 
 YIELD_AFTER: Final = 0.001  # seconds of handlers without a checkpoint before a slot makes one
 RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handler still runs here
@@ -131,13 +131,12 @@ class Slots:
             with trio.CancelScope() as scope:
                 while True:
                     await self._ready_for_next(task)
+                    await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
                     await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
                     if scope.cancel_called:
                         break
-                    if self._live.interrupted_at != math.inf:
-                        await trio.lowlevel.checkpoint_if_cancelled()
 
     @trio.lowlevel.enable_ki_protection
     async def dispatch(self, nursery: trio.Nursery) -> None:
@@ -150,8 +149,17 @@ class Slots:
 
     @trio.lowlevel.enable_ki_protection
     async def _alone(self, claim: Claim, claimed_at: float) -> None:
+        await self._start_nothing_when_interrupted()
         with trio.CancelScope() as scope:
             await self._run(claim, claimed_at, scope, trio.lowlevel.current_task())
+
+    async def _start_nothing_when_interrupted(self) -> None:
+        """Raise Cancelled when handlers are being cancelled: without a checkpoint one would run to its end.
+
+        What was not started stays in the ledger, and the closing gives it back.
+        """
+        if self._live.interrupted_at != math.inf:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _ready_for_next(self, task: trio.lowlevel.Task) -> None:
         """Return when the inbox has a job, in clean context variables."""

@@ -8,7 +8,6 @@ connections are silent, so a probe goes through the server now and then, and pol
 
 from __future__ import annotations
 
-import logging
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Collection
@@ -20,12 +19,13 @@ from psycopg import sql
 
 from ._backoff import reconnect_delay
 from ._errors import DatabaseError
+from ._logs import Log
 from ._sql.notify import group_channel
 from ._store import ListenEvents
 
 __all__ = ["PROBE_INTERVAL", "listen"]
 
-log = logging.getLogger("triojobs.listener")
+log = Log("triojobs.listener")
 
 PROBE_INTERVAL: Final = 15.0  # seconds: how long a dead link may go unnoticed
 Connection = psycopg.Connection[Any]

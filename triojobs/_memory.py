@@ -12,7 +12,6 @@ and `MemoryDatabase.utc_now` make them).
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import math
 import random as random_module
 import uuid
@@ -27,6 +26,7 @@ from ._backoff import reconnect_delay
 from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
+from ._logs import Log
 from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
 from ._model import (
     Claim,
@@ -45,7 +45,7 @@ from ._wake import Wake
 __all__ = ["Crossing", "Fault", "MemoryDatabase", "MemoryStore", "MemoryTransaction"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.memory")
+log = Log("triojobs.memory")
 
 CLIENT_CALLS: Final = 2  # at once, as PostgresStore has connections for clients
 

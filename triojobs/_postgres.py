@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ from ._commit import CommitAttempt, commit
 from ._errors import DatabaseError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
+from ._logs import Log
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
@@ -40,7 +40,7 @@ from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 __all__ = ["PostgresStore", "cancel_job", "enqueue_in_transaction"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.postgres")
+log = Log("triojobs.postgres")
 
 CLIENT_CONNECTIONS: Final = 2  # for reads and bulk: a large call leaves one for the others
 ENQUEUE_CONNECTIONS: Final = 2  # for shared commits: one that may meet locked keys, one that cannot

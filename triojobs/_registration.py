@@ -7,7 +7,6 @@ are cancelled, what is left is closed, a new registration follows under a new id
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import uuid
@@ -19,13 +18,14 @@ from trio_util import AsyncBool, AsyncValue
 from ._beacon import Beacon
 from ._lease import Lease
 from ._ledger import Ledger
+from ._logs import Log
 from ._model import CancelRequest, Claim, HardStop, Registration
 from ._stacks import stack_of_thread
 from ._wake import Wake
 
 __all__ = ["LiveRegistration"]
 
-log = logging.getLogger("triojobs.heartbeat")
+log = Log("triojobs.heartbeat")
 
 
 class LiveRegistration:

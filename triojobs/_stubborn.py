@@ -7,7 +7,6 @@ would rather die than wait passes `hard_stop`.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Final
@@ -15,6 +14,7 @@ from typing import Final
 import trio
 
 from ._handling import Running, Slots
+from ._logs import Log
 from ._model import HardStop
 from ._options import GroupOptions
 from ._registration import LiveRegistration
@@ -22,7 +22,7 @@ from ._stacks import stack_of_task
 
 __all__ = ["watch_handlers"]
 
-log = logging.getLogger("triojobs.worker")
+log = Log("triojobs.worker")
 
 STUBBORN_INTERVAL: Final = 10.0  # seconds between log records with the stacks of handlers that do not end
 

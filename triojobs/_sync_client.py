@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -25,6 +24,7 @@ from ._client import (
     wrong_side,
 )
 from ._errors import DatabaseError, checked_seconds
+from ._logs import Log
 from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
 from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema, checked_text
 from ._queue import NewJob, Queue, new_row
@@ -34,7 +34,7 @@ __all__ = ["SyncClient"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
-log = logging.getLogger("triojobs.client")
+log = Log("triojobs.client")
 
 
 class SyncClient:
