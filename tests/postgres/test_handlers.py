@@ -412,7 +412,7 @@ async def test_a_handler_that_shields_its_clean_up_is_waited_for(conninfo: str) 
 async def test_a_handler_that_never_ends_keeps_its_lease_and_its_stack_is_logged(
     conninfo: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("triojobs._group.STUBBORN_INTERVAL", 0.05)
+    monkeypatch.setattr("triojobs._stubborn.STUBBORN_INTERVAL", 0.05)
     running, let_go = trio.Event(), trio.Event()
 
     async def stubborn(job: triojobs.Job[Any]) -> None:
