@@ -6,17 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-
 import triojobs
 from triojobs._group import WorkerGroup
 from triojobs._memory_tables import OutcomeRow
 from triojobs._model import SETTLED
 
 from .injections import ENDING
-from .world import Boom
 from .jobs import COMMITTED, DISOBEYS, ENDS, ClaimName, Run
 from .program import JOBS, parent_of
 from .record import Record
+from .world import Boom
 
 PROMPT: Final = 1.5  # virtual seconds from the last handler's end to the group's, while the store is well
 OBEDIENT: Final = 0.5  # seconds that handlers of the mix take to end after a cancel, but for DISOBEYS
@@ -207,9 +206,9 @@ def _stop_lets_handlers_end(record: Record) -> Iterator[str]:
     if record.injected and record.injected <= {"stop"}:
         for run in record.journal.runs:
             graceful = run.started_at + record.options.grace_period > run.ended_at
-            if run.ended == "interrupted" and graceful and run.job_id not in record.cancels:
-                if run.limit > run.ended_at and run.fence[0] in record.ours:
-                    yield f"{run.name} was interrupted"
+            ours = run.limit > run.ended_at and run.fence[0] in record.ours
+            if run.ended == "interrupted" and graceful and run.job_id not in record.cancels and ours:
+                yield f"{run.name} was interrupted"
 
 
 def _everything_done(record: Record) -> Iterator[str]:
@@ -247,7 +246,7 @@ def _answers_true(record: Record) -> Iterator[str]:
 
 def _commit_is_atomic(record: Record) -> Iterator[str]:
     """The follow-up job is there if and only if the job was completed by its commit."""
-    tables, children = record.database.tables, _children(record)
+    children = _children(record)
     for run in record.journal.runs:
         if run.kind != "commits":
             continue

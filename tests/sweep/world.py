@@ -194,7 +194,7 @@ class World:
                     await self._until_quiet(group)
                 nursery.cancel_scope.cancel()
 
-    async def _until_quiet(self, group: WorkerGroup) -> None:
+    async def _until_quiet(self, group: triojobs.WorkerGroup) -> None:
         async with trio.open_nursery() as nursery:
 
             async def until_stopped() -> None:
@@ -310,9 +310,9 @@ def _unowned(record: Record) -> Iterator[str]:
             known = set(live.ledger.known())
             for row in tables.leases.values():
                 claim = (row.id, row.claim_no)
-                if row.group_id == live.group_id and claim not in known:
-                    if (row.id, row.group_id, row.claim_no) not in record.lost_claims:
-                        yield f"owned-at-all-times: claim {claim} is leased, and no ledger has it"
+                lost = (row.id, row.group_id, row.claim_no) in record.lost_claims
+                if row.group_id == live.group_id and claim not in known and not lost:
+                    yield f"owned-at-all-times: claim {claim} is leased, and no ledger has it"
 
 
 def _unleased(record: Record) -> Iterator[str]:
