@@ -34,8 +34,8 @@ class Beacon:
     """
 
     def __init__(self, *, dead_after: float = math.inf, on_lit: Callable[[], None] = lambda: None) -> None:
-        self.lit = False
-        self.blocks = 0
+        self.lit: bool = False
+        self.blocks: int = 0
         self._dead_after = dead_after
         self._on_lit = on_lit
         self._nudge: Callable[[], None] | None = None

@@ -80,6 +80,14 @@ async def run_in_thread(fn: Callable[[], T], limiter: trio.CapacityLimiter) -> T
     return await trio.to_thread.run_sync(fn, limiter=limiter, abandon_on_cancel=False)
 
 
+def reached(operation: str, point: str) -> None:
+    """Say where a call is, in its thread. Does nothing; tests put a gate here.
+
+    The points of each call, in this order: "enter", "connected", "executed" (committed on the server),
+    "committed" (booked here), "exit".
+    """
+
+
 class BrokenOff(Exception):
     """The job was cancelled before its work began."""
 
@@ -418,6 +426,7 @@ class Line:
         own_transaction: bool = False,
     ) -> T:
         """Run `fn` in this thread. See `run` and `run_breakable`."""
+        reached(operation, "enter")
         self.check_owner(operation)
         now = clock()
         left = float("inf") if deadline is None else deadline - now
@@ -428,6 +437,7 @@ class Line:
             if left < CONNECT_LEAST:
                 raise DatabaseError("there is no time left", operation=operation, transient=True)
             conn = self._open(operation, limit)
+        reached(operation, "connected")
         if self._pooled and not own_transaction:
             fn = partial(self._in_transaction, fn=fn)
         try:
@@ -437,6 +447,7 @@ class Line:
                 self._idle.append(conn)
             else:
                 conn.close()
+            reached(operation, "exit")
 
     @property
     def is_owned(self) -> bool:
@@ -474,7 +485,9 @@ class Line:
             try:
                 with self._breaker.watch(call):
                     result = fn(call)
+                    reached(operation, "executed")
                     call.finish()
+                    reached(operation, "committed")
                 return result
             except psycopg.Error as exc:
                 what_helps = remedy(exc)

@@ -128,8 +128,8 @@ class MemoryDatabase:
     """
 
     def __init__(self, *, epoch: dt.datetime = EPOCH) -> None:
-        self.clock = trio.current_time
-        self.tables = Tables(epoch)
+        self.clock: Callable[[], float] = trio.current_time
+        self.tables: Tables = Tables(epoch)
         self.writes: list[Any] = []
         self.subscribers: list[Subscriber] = []
 
@@ -251,7 +251,7 @@ class MemoryStore:
         job_connections: int = 4,
         random: Callable[[], float] = random_module.random,
     ) -> None:
-        self.database = MemoryDatabase() if database is None else database
+        self.database: MemoryDatabase = MemoryDatabase() if database is None else database
         self._tables = self.database.tables
         self._crossing = crossing
         self._fault = fault

@@ -149,7 +149,7 @@ class Tables:
         self.groups: dict[uuid.UUID, GroupRow] = {}
         self.waiting: set[tuple[str, uuid.UUID]] = set()
         self.witnesses: set[uuid.UUID] = set()
-        self.last_id = 0
+        self.last_id: int = 0
         self._outcome_no = 0
         self._fences: set[tuple[int, uuid.UUID, int]] = set()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
@@ -111,10 +112,6 @@ class PostgresStore:
             else:
                 prepare_session(conn, call_timeout=self._call_timeout)
 
-        def begin(conn: psycopg.Connection[Any]) -> None:
-            if not users:
-                begin_transaction(conn, call_timeout=self._call_timeout)
-
         return Line(
             role,
             conninfo or self._conninfo,
@@ -124,7 +121,7 @@ class PostgresStore:
             restore=restore_job_session if users else None,
             size=size,
             pooled=pooled,
-            begin=begin,
+            begin=partial(begin_transaction, call_timeout=self._call_timeout),
             hosts=None if conninfo else self._hosts,
         )
 

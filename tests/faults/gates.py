@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
@@ -13,7 +13,11 @@ from triojobs._bridge import Call
 from .rig import PATIENCE
 
 BEFORE, COMMITTED, RETURNING = POINTS = ("before the statement", "committed", "before its return")
-EVERY: Final[Callable[..., bool]] = lambda *args, **options: True
+
+
+def every(*args: Any, **options: Any) -> bool:
+    """Choose each call."""
+    return True
 
 
 class ThreadGate:
@@ -31,7 +35,7 @@ class ThreadGate:
         name: str,
         point: str,
         *,
-        which: Callable[..., bool] = EVERY,
+        which: Callable[..., bool] = every,
     ) -> None:
         self.reached = threading.Event()
         self.open = threading.Event()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import trio
 
 import triojobs
@@ -92,15 +93,10 @@ async def test_row_27_a_job_that_kills_its_process_every_time(conninfo: str, wor
     journal.go_on.set()
     async with triojobs.open_worker_group(conninfo, [journal.worker()], **BRIEF) as group:
         assert await results(group, [beside]) == [3]
-        with trio.fail_after(30):
-            with_reason = "rescued: the lease of worker group"
-            try:
-                await group.client.result(poison)
-            except triojobs.JobFailedError as exc:
-                assert with_reason in str(exc)
-                assert exc.attempts == 2
-            else:
-                raise AssertionError("it cannot have a result")
+        reason = "rescued: the lease of worker group"
+        with trio.fail_after(30), pytest.raises(triojobs.JobFailedError, match=reason) as caught:
+            await group.client.result(poison)
+        assert caught.value.attempts == 2
     assert journal.began == [(beside, 3)]
     assert history(conninfo, poison) == [(1, "failed"), (2, "killed")]
     assert history(conninfo, beside) == [(1, "failed"), (2, "failed"), (3, "done")]

@@ -160,7 +160,7 @@ async def test_row_23_the_server_has_no_connection_left(
                         ended[role] += terminate(admin, role)
                     take_all(app, hogs)
                     await trio.sleep(0.02)
-            with pytest.raises(psycopg.OperationalError, match="connection slots|too many"):
+            with pytest.raises(psycopg.OperationalError, match=r"connection slots|too many"):
                 psycopg.connect(app)
             late = enqueue_by_sql(hogs[0])
             seen = value(admin, lease)

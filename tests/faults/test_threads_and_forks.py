@@ -207,7 +207,7 @@ async def test_row_41_a_blocking_enqueue_is_called_on_the_loop(conninfo: str) ->
                 lambda: sync.cancel(1),
                 lambda: triojobs.SyncClient(conninfo).__enter__(),
             ):
-                with pytest.raises(triojobs.TriojobsError, match="wrong place.*in a Trio task use"):
+                with pytest.raises(triojobs.TriojobsError, match=r"wrong place.*in a Trio task use"):
                     call()
             # The other way round: async methods outside the loop, at the call and not when awaited.
             with pytest.raises(triojobs.TriojobsError, match="enqueue_from_thread"):

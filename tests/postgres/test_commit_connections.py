@@ -217,12 +217,12 @@ async def test_call_timeout_does_not_bound_work(conninfo: str, where: str, poole
     async def handler(job: triojobs.Job[Any]) -> None:
         def work(conn: psycopg.Connection[Any]) -> None:
             if where == "in the server":
-                conn.execute("SELECT pg_sleep(2.3)")
+                conn.execute("SELECT pg_sleep(3.0)")
             elif where == "in Python":
-                time.sleep(2.3)
+                time.sleep(3.0)
             else:
                 conn.execute("SELECT 1")
-                time.sleep(2.3)
+                time.sleep(3.0)
             note(conn, job)
 
         await job.commit(work)

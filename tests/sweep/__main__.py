@@ -10,14 +10,14 @@ from collections import Counter
 
 from .harness import run
 from .injections import MODES
+from .invariants import violations
 from .record import Case, Fault
 from .world import FAULTS
-from .invariants import violations
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
-    parser.add_argument("--mode", required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--k", type=int, help="inject before this step; without: never")
     parser.add_argument("--k2", type=int, help="and once more before this one")

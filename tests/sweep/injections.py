@@ -22,6 +22,7 @@ MODES: Final = (
     "own_scope",
     "lose",
     "retire",
+    "restart",
 )
 """What an injection does.
 
@@ -35,10 +36,10 @@ timeout         the timeout of every running handler is over
 own_scope       every handler's own scope, inside of it, is cancelled
 lose            the lease can no longer be proven: handlers are cancelled, a new registration follows
 retire          a rival rescues every registration of the group: their claims become failed attempts
+restart         the server restarts: connections break, unlogged tables are empty
 """
 
 ENDING: Final = frozenset({"cancel", "sibling", "stop", "sigint", "handler_sigint"})  # of the group
-
 
 
 NEEDS_GROUP: Final = frozenset({"stop", "lose"})
@@ -117,6 +118,12 @@ def _retire(world: World) -> None:
             before = world.database.tables._outcome_no
             world.database.retire(group_id)
             world.record.rescued.update(range(before + 1, world.database.tables._outcome_no + 1))
+
+
+def _restart(world: World) -> None:
+    tables = world.database.tables
+    tables.crash(tables.snapshot())
+    world.database.break_listeners()
 
 
 def _at_work(world: World) -> list[Running]:

@@ -76,7 +76,8 @@ class Record:
         group: the one under test. ours: the ids of its registrations. calls: of its store.
         injections: what was injected when, but for what found nobody to disturb.
         cancels: job → when `cancel` had said True (inf: it may have). noticed: what did not hold for a
-        moment. lost_claims: those that no ledger was told of. rescued: the `no` of outcomes that an
+        moment. lost_claims: those that no ledger was told of. swept: those that a comparison gave
+        back. rescued: the `no` of outcomes that an
         injected rescue wrote.
     """
 
@@ -94,6 +95,7 @@ class Record:
     cancels: dict[int, float] = field(default_factory=dict)
     replaced: set[int] = field(default_factory=set)
     lost_claims: set[ClaimName] = field(default_factory=set)
+    swept: set[ClaimName] = field(default_factory=set)
     rescued: set[int] = field(default_factory=set)
     noticed: list[str] = field(default_factory=list)
     points: int = 0

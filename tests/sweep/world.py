@@ -8,7 +8,8 @@ invariants must hold at every moment, and can only break when the database chang
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Final, TypeVar
@@ -22,6 +23,7 @@ from triojobs._memory import MemoryDatabase, MemoryStore
 from triojobs._model import Registration
 from triojobs._open import ClientContext
 from triojobs._queue import Worker
+from triojobs._store import Compared
 
 from .conductor import Conductor
 from .determinism import lift_shields
@@ -69,6 +71,24 @@ class FaultyStore(PlainStore):
     async def register(self, registration: Registration, lease: Lease) -> None:
         self.world.record.ours.add(registration.group_id)
         await super().register(registration, lease)
+
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
+        def noted() -> Sequence[tuple[int, int]]:
+            # What goes back here was never in a ledger, so the report cannot count it.
+            claims = known()
+            self.world.record.swept |= {
+                (row.id, row.group_id, row.claim_no)
+                for row in self.world.database.tables.leases.values()
+                if row.group_id == group_id and (row.id, row.claim_no) not in claims
+            }
+            return claims
+
+        return await super().compare(group_id, noted, missing)
 
     async def _call(
         self,
@@ -174,7 +194,7 @@ class World:
                     await self._until_quiet(group)
                 nursery.cancel_scope.cancel()
 
-    async def _until_quiet(self, group: WorkerGroup) -> None:
+    async def _until_quiet(self, group: triojobs.WorkerGroup) -> None:
         async with trio.open_nursery() as nursery:
 
             async def until_stopped() -> None:
@@ -290,9 +310,9 @@ def _unowned(record: Record) -> Iterator[str]:
             known = set(live.ledger.known())
             for row in tables.leases.values():
                 claim = (row.id, row.claim_no)
-                if row.group_id == live.group_id and claim not in known:
-                    if (row.id, row.group_id, row.claim_no) not in record.lost_claims:
-                        yield f"owned-at-all-times: claim {claim} is leased, and no ledger has it"
+                lost = (row.id, row.group_id, row.claim_no) in record.lost_claims
+                if row.group_id == live.group_id and claim not in known and not lost:
+                    yield f"owned-at-all-times: claim {claim} is leased, and no ledger has it"
 
 
 def _unleased(record: Record) -> Iterator[str]:
