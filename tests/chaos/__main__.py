@@ -36,6 +36,10 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a new directory in which journals and stderr stay")
     parser.add_argument("--json", action="store_true", help="one line on stdout; progress goes to stderr")
     asked = parser.parse_args()
+    if asked.jobs < 1 or asked.workers < 3:
+        parser.error("at least one job and three workers: one is stopped, one killed, one goes on")
+    if asked.keep is not None and asked.keep.exists():
+        parser.error(f"{asked.keep} exists")
     seconds = 120 + asked.jobs / 50 if asked.seconds is None else asked.seconds
     plan = Plan(asked.jobs, asked.workers, asked.stops, seconds, asked.seed, asked.mutant, asked.keep)
     logging.disable(logging.WARNING)  # the driver's own client is disturbed, too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, LiteralString
 
@@ -23,6 +23,7 @@ SHORT_STOP: Final = (0.2, 1.2)
 DRAIN_EVERY: Final = (3.0, 6.0)
 DOWN: Final = (0.1, 4.0)  # seconds between the server's crash and its new start
 CRASH_AT: Final = 0.5  # share of the jobs enqueued when the server crashes, at the earliest
+CRASH_EVERY: Final = (20.0, 60.0)
 LONG_IN_FLIGHT: Final = 0.3  # seconds after its claim, a job is one of the long ones
 LOOK_AGAIN: Final = 0.05  # seconds between looks of those who wait for something to happen
 AFTERMATH: Final = 1.0  # seconds in which a woken process settles and registers again
@@ -86,24 +87,29 @@ class Disturbers:
 
     async def kill_workers(self) -> None:
         """SIGKILL."""
-        async for member in self._victims("kill", KILL_EVERY):
-            self._fleet.kill(member)
+        rng = self._rng("kill")
+        while True:
+            self._fleet.kill(await self._victim(rng, KILL_EVERY))
             self.killed.set()
 
     async def drain_workers(self) -> None:
         """SIGTERM."""
-        async for member in self._victims("drain", DRAIN_EVERY):
-            self._fleet.drain(member)
+        rng = self._rng("drain")
+        while True:
+            self._fleet.drain(await self._victim(rng, DRAIN_EVERY))
 
     async def stop_workers_shortly(self) -> None:
         """SIGSTOP and SIGCONT, mostly within the lease."""
         rng = self._rng("short stop")
-        async for member in self._victims("stop shortly", STOP_EVERY):
+        while True:
+            member = await self._victim(rng, STOP_EVERY)
             await self._fleet.stop(member, partial(trio.sleep, rng.uniform(*SHORT_STOP)))
 
     async def stop_workers_beyond_their_lease(self) -> None:
         """SIGSTOP until others have rescued jobs of the process and run them, SIGCONT."""
-        async for member in self._victims("stop", STOP_EVERY, least=2, older=LONG_IN_FLIGHT):
+        rng = self._rng("stop")
+        while True:
+            member = await self._victim(rng, STOP_EVERY, least=2, older=LONG_IN_FLIGHT)
             before = self.counts["stop beyond lease"]
             await self._fleet.stop(member, partial(self._until_taken_over, member))
             if self.counts["stop beyond lease"] > before:
@@ -131,38 +137,40 @@ class Disturbers:
                 await trio.sleep(LOOK_AGAIN)
 
     async def crash_server(self, share: Callable[[], float]) -> None:
-        """Let the server crash once, in the middle, and start it again.
+        """Let the server crash in the middle and start it again; in long runs now and then once more.
 
-        After a first stop beyond a lease and what followed from it: during an outage nobody could take
-        the jobs over, and the woken process could not try to settle them.
+        The first time after a stop beyond a lease and what followed from it: during an outage nobody
+        could take the jobs over, and the woken process could not try to settle them.
         """
+        rng = self._rng("crash")
         await self.stopped_beyond_lease.wait()
         while share() < CRASH_AT:
-            await trio.sleep(0.02)
-        down_at = clock()
-        await self._server.crash()
-        with trio.CancelScope(shield=True):  # whoever ends us needs the server for its checks
-            await trio.sleep(self._rng("down").uniform(*DOWN))
-            await self._server.start_again()
-        self._journal.write("crash", at=down_at, until=clock())
-        self.counts["restart"] += 1
-        self.crashed.set()
-
-    async def _victims(
-        self, what: str, every: tuple[float, float], *, least: int = 1, older: float = 0.0
-    ) -> AsyncIterator[Member]:
-        """Yield members at random times, the more probably the more jobs they have in flight.
-
-        Only those that have at least `least` jobs that they claimed more than `older` seconds ago.
-        """
-        rng = self._rng(what)
+            await trio.sleep(LOOK_AGAIN)
         while True:
-            await trio.sleep(rng.uniform(*every))
-            while not (in_flight := self._jobs_in_flight(least, older)):
-                await trio.sleep(LOOK_AGAIN)
+            down_at = clock()
+            with trio.CancelScope(shield=True):  # whoever ends us needs the server for its checks
+                await self._server.crash()
+                await trio.sleep(rng.uniform(*DOWN))
+                await self._server.start_again()
+            self._journal.write("crash", at=down_at, until=clock())
+            self.counts["restart"] += 1
+            self.crashed.set()
+            await trio.sleep(rng.uniform(*CRASH_EVERY))
+
+    async def _victim(
+        self, rng: random.Random, every: tuple[float, float], *, least: int = 1, older: float = 0.0
+    ) -> Member:
+        """Return a member after a random time, the more probably the more jobs it has in flight.
+
+        It has at least `least` jobs that it claimed more than `older` seconds ago.
+        """
+        await trio.sleep(rng.uniform(*every))
+        while True:
+            in_flight = self._jobs_in_flight(least, older)
             # One always goes on undisturbed, to rescue what the others held.
-            if len(self._fleet.idle_members()) > 1:
-                yield rng.choices(list(in_flight), list(in_flight.values()))[0]
+            if in_flight and len(self._fleet.idle_members()) > 1:
+                return rng.choices(list(in_flight), list(in_flight.values()))[0]
+            await trio.sleep(LOOK_AGAIN)
 
     def _jobs_in_flight(self, least: int, older: float) -> dict[Member, int]:
         members = self._fleet.idle_members()

@@ -131,7 +131,9 @@ class Fleet:
             return await process.wait()
         finally:
             member.process = None
-            process.kill()
+            if process.returncode is None:  # we are being cancelled
+                self._journal.write("kill", process=member.name)
+                process.kill()
             with trio.CancelScope(shield=True):  # a killed process ends, stopped or not
                 await process.wait()
                 assert process.stdin is not None

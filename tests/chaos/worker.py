@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -24,12 +25,19 @@ from .workload import QUEUES, Handlers
 
 CONCURRENCY = 16
 RETRY = triojobs.Backoff(first=0.05, factor=1.5, limit=1.0)
+# What the members of the fleet do differently, by their number.
+VARIANTS: dict[int, dict[str, Any]] = {
+    2: {"isolation": "task"},
+    3: {"notify": False},
+    4: {"concurrency": 24, "job_connections": 1},
+}
 START_AGAIN = 0.1  # seconds before the group is opened again after the server was out of reach
 
 
 async def run(conninfo: str, journal: Journal, name: str) -> None:
     """Keep a group open until SIGTERM; write its report."""
     handlers = Handlers(journal)
+    options = GROUP_OPTIONS | VARIANTS.get(int(name.split("-")[1]), {})
     workers = [
         triojobs.Worker(queue, handlers.handle, concurrency=CONCURRENCY, retry=RETRY) for queue in QUEUES
     ]
@@ -38,9 +46,7 @@ async def run(conninfo: str, journal: Journal, name: str) -> None:
             nursery.start_soon(die_with_parent)
             while True:
                 try:
-                    async with triojobs.open_worker_group(
-                        conninfo, workers, name=name, **GROUP_OPTIONS
-                    ) as group:
+                    async with triojobs.open_worker_group(conninfo, workers, name=name, **options) as group:
                         handlers.client = group.client  # no checkpoint since the group began
                         nursery.start_soon(stop_at_signal, signals, group)
                         await group.wait_stopped()
