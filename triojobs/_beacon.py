@@ -16,9 +16,7 @@ from typing import Final
 
 __all__ = ["TURN_INTERVAL", "Beacon"]
 
-TURN_INTERVAL: Final = (
-    0.25  # seconds between signs of life, and between looks: 4 wake-ups a second, 0.15 % of a core
-)
+TURN_INTERVAL: Final = 0.25  # seconds between signs of life, and between looks; 0.15 % of a core
 LOOK_CAP: Final = 0.5  # seconds; less than BLOCKED_AFTER, so that one late look never accuses the loop
 BLOCKED_AFTER: Final = 0.75  # seconds without a turn that are worth a warning: three looks
 

@@ -35,7 +35,7 @@ import trio
 from trio_util import AsyncBool
 
 from ._backoff import reconnect_delay
-from ._client import Client
+from ._client import IN_TRIO, Client, async_side, on_loop, wrong_side
 from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
 from ._fetcher import Fetcher
@@ -105,6 +105,8 @@ class WorkerGroup:
 
     def stop(self) -> None:
         """Begin a graceful stop: claim nothing more, let handlers end. Does not cancel the body. Idempotent."""
+        if not on_loop():
+            raise wrong_side("stop", "from a thread or a signal handler use stop_from_thread")
         self._stopping_since = min(self._stopping_since, trio.current_time())
         self._stop.value = True
 
@@ -113,10 +115,12 @@ class WorkerGroup:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.stop, idempotent=True)
 
+    @async_side(IN_TRIO)
     async def wait_stopped(self) -> None:
         """Wait until the group has stopped and closed, and `report` is complete."""
         await self._stopped.wait()
 
+    @async_side(IN_TRIO)
     async def wait_idle(self) -> None:
         """Wait until nothing due or running is left in this group's queues, anywhere.
 

@@ -131,13 +131,12 @@ class Slots:
             with trio.CancelScope() as scope:
                 while True:
                     await self._ready_for_next(task)
+                    await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
                     await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
                     if scope.cancel_called:
                         break
-                    if self._live.interrupted_at != math.inf:
-                        await trio.lowlevel.checkpoint_if_cancelled()
 
     @trio.lowlevel.enable_ki_protection
     async def dispatch(self, nursery: trio.Nursery) -> None:
@@ -150,8 +149,17 @@ class Slots:
 
     @trio.lowlevel.enable_ki_protection
     async def _alone(self, claim: Claim, claimed_at: float) -> None:
+        await self._start_nothing_when_interrupted()
         with trio.CancelScope() as scope:
             await self._run(claim, claimed_at, scope, trio.lowlevel.current_task())
+
+    async def _start_nothing_when_interrupted(self) -> None:
+        """Raise Cancelled when handlers are being cancelled: without a checkpoint one would run to its end.
+
+        What was not started stays in the ledger, and the closing gives it back.
+        """
+        if self._live.interrupted_at != math.inf:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _ready_for_next(self, task: trio.lowlevel.Task) -> None:
         """Return when the inbox has a job, in clean context variables."""
@@ -287,7 +295,7 @@ class Slots:
                 "job %d of %r raised while it was being cancelled, or after its commit: %s",
                 claim.job_id,
                 claim.queue,
-                verdict.error or describe(verdict.log_error or RuntimeError()),
+                verdict.error if verdict.log_error is None else describe(verdict.log_error),
                 extra={"event": "error_aside", "job_id": claim.job_id, "queue": claim.queue},
             )
 
@@ -297,6 +305,7 @@ class Slots:
         running = self.running.get(claim.job_id)
         return running.cancel_reason if running is not None and running.claim is claim else None
 
+    @trio.lowlevel.enable_ki_protection  # it runs inside the handler, where Ctrl-C may strike
     async def commit_work(self, claim: Claim, work: Callable[[Any], T], *, completing: bool) -> T:
         operation = "committing" if completing else "transacting"
         if not self._ledger.owns(claim):

@@ -595,8 +595,8 @@ class MemoryStore:
 
     async def enqueue_each(
         self, rows: Sequence[NewRow], *, deadline: float | None = None
-    ) -> list[Enqueued | BaseException]:
-        def alone(row: NewRow) -> Enqueued | BaseException:
+    ) -> list[Enqueued | TriojobsError]:
+        def alone(row: NewRow) -> Enqueued | TriojobsError:
             try:
                 return self._tables.enqueue([row], self.now())[0]
             except TriojobsError as exc:

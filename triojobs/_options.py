@@ -15,6 +15,7 @@ from ._model import HardStop
 __all__ = [
     "DEFAULT_SCHEMA",
     "GroupOptions",
+    "checked_conninfo",
     "checked_count",
     "checked_name",
     "checked_schema",
@@ -54,6 +55,13 @@ def checked_count(field: str, value: object, *, least: int = 1, most: int = INT_
     """Return `value` if it is an int (not a bool) from `least` to `most`, else raise OptionError."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise OptionError(field, value, f"an int from {least} to {most}")
+    return value
+
+
+def checked_conninfo(field: str, value: object) -> str:
+    """Return a conninfo, or raise OptionError that does not show it: it may contain a password."""
+    if not isinstance(value, str) or "\0" in value:
+        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
     return value
 
 

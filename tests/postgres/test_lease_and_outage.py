@@ -314,32 +314,6 @@ async def test_jobs_of_a_killed_process_are_rescued_when_its_lease_ends(conninfo
     assert outcomes(conninfo) == [(1, "failed"), (2, "done")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_the_first_signal_stops_gracefully_and_the_rows_go_back(conninfo: str, number: int) -> None:
-    with worker_process(conninfo, 0.1) as process:
-        job_id = await start_one_job(conninfo, process)
-        process.send_signal(number)
-        output = await trio.to_thread.run_sync(process.communicate)
-    assert (process.returncode, output[0]) == (0, "left\n")
-    assert rows(conninfo, "SELECT id, attempts FROM triojobs.ready") == [(job_id, 0)]
-
-
-async def test_the_second_signal_cancels_without_waiting_for_the_grace_period(conninfo: str) -> None:
-    with worker_process(conninfo, 3600.0) as process:
-        job_id = await start_one_job(conninfo, process)
-        process.send_signal(signal.SIGTERM)
-        # The first has been obeyed when nothing is claimed any more.
-        async with triojobs.open_client(conninfo) as client:
-            await client.enqueue(plain, "second")
-        process.send_signal(signal.SIGTERM)
-        with trio.fail_after(15):
-            output = await trio.to_thread.run_sync(process.communicate)
-    assert process.returncode == 0
-    assert output[0].endswith("left\n")
-    assert (job_id, 0) in rows(conninfo, "SELECT id, attempts FROM triojobs.ready")
-    assert rows(conninfo, "SELECT count(*) FROM triojobs.leases") == [(0,)]
-
-
 async def test_no_server_at_start_is_a_transient_error_and_leaves_nothing_behind() -> None:
     async def handler(job: triojobs.Job[Any]) -> None: ...
 

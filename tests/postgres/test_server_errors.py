@@ -169,6 +169,7 @@ def second_database(conninfo: str, small_server: str) -> Iterator[str]:
         second = conninfos.make_conninfo(small_server, dbname=name)
         migrate(second)
         yield second
+        conn.execute("SET default_transaction_read_only = off")
         conn.execute("ALTER SYSTEM RESET default_transaction_read_only")
         conn.execute("SELECT pg_reload_conf()")
         conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

@@ -21,7 +21,7 @@ def test_a_record_says_which_line_logged_it(caplog: pytest.LogCaptureFixture) ->
     lines.append(inspect.currentframe().f_lineno + 1)  # type: ignore[union-attr]
     log.log(logging.INFO, "said")
     assert [(r.pathname, r.lineno) for r in caplog.records] == [(__file__, line) for line in lines]
-    assert [r.levelname for r in caplog.records] == "DEBUG INFO WARNING ERROR CRITICAL INFO".split()
+    assert [r.levelname for r in caplog.records] == ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "INFO"]
     assert caplog.messages == ["1 of two"] * 5 + ["said"]
     assert caplog.records[0].event == "tested"  # type: ignore[attr-defined]
 

@@ -8,18 +8,20 @@ import time
 import traceback
 from collections import Counter
 
-from .harness import FAULTS, MODES, Case, Fault, run
+from .harness import run
+from .injections import MODES
+from .record import Case, Fault
+from .world import FAULTS
 from .invariants import violations
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
-    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--mode", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--k", type=int, help="inject before this step; without: never")
     parser.add_argument("--k2", type=int, help="and once more before this one")
     parser.add_argument("--fault", help=f"j:kind, the j-th call fails; kinds: {', '.join(FAULTS)}")
-    parser.add_argument("--isolation", choices=("slot", "task"), default="slot")
     parser.add_argument("--all", action="store_true", help="every k; --step sets the stride")
     parser.add_argument("--step", type=int, default=1)
     asked = parser.parse_args()
@@ -27,7 +29,7 @@ def main() -> int:
     if asked.fault:
         j, _, kind = asked.fault.partition(":")
         fault = Fault(int(j), kind)
-    case = Case(asked.mode, asked.seed, asked.k, asked.k2, fault, asked.isolation)
+    case = Case(asked.mode, asked.seed, asked.k, asked.k2, fault)
     if not asked.all:
         return show(case)
     return sweep(case, asked.step)
@@ -35,7 +37,7 @@ def main() -> int:
 
 def show(case: Case) -> int:
     record = run(case)
-    print(f"{record.steps} steps, {len(record.calls)} calls, {record.ended_at:g} virtual seconds")
+    print(f"{record.points} steps, {len(record.calls)} calls, {record.exit.at:g} virtual seconds")
     for j, call in enumerate(record.calls):
         print(f"  call {j}: {call}")
     for each in record.journal.runs:
@@ -48,18 +50,18 @@ def show(case: Case) -> int:
 
 
 def sweep(case: Case, step: int) -> int:
-    base = run(Case(case.mode, case.seed, None, None, case.fault, case.isolation))
+    base = run(Case(case.mode, case.seed, None, None, case.fault))
     began, bad, names = time.perf_counter(), 0, Counter[str]()
-    print(f"K = {base.steps}, {len(base.calls)} calls")
-    for k in range(0, base.steps, step):
-        at_k = Case(case.mode, case.seed, k, None, case.fault, case.isolation)
+    print(f"K = {base.points}, {len(base.calls)} calls")
+    for k in range(0, base.points, step):
+        at_k = Case(case.mode, case.seed, k, None, case.fault)
         found = violations(run(at_k))
         if found:
             bad += 1
             names.update(what.split(":")[0] for what in found)
             if bad <= 5:
                 print(at_k.command(), *found, sep="\n    ")
-    runs = len(range(0, base.steps, step))
+    runs = len(range(0, base.points, step))
     print(f"{runs} runs, {bad} bad, {(time.perf_counter() - began) / runs * 1000:.1f} ms each; {dict(names)}")
     return bool(bad)
 

@@ -113,10 +113,14 @@ class FaultProxy:
         with self._changed:
             self._stalled = set(directions or (UP, DOWN))
 
+    def lose_replies(self) -> None:
+        """Forward what clients say, and drop what the server answers."""
+        self._deaf = True
+
     def heal(self) -> None:
         """Work again; what was held back is delivered now."""
         with self._changed:
-            self._refusing = self._deaf_to_cancels = self._without_notifications = False
+            self._refusing = self._deaf = self._deaf_to_cancels = self._without_notifications = False
             self._stalled.clear()
             self._refuse.clear()
             self.delay = 0.0
@@ -297,7 +301,7 @@ class FaultProxy:
 
     def _judge_down(self, link: Link, message: wire.Message) -> bytes:
         """Return what to send to the client instead of this message of the server."""
-        if message.kind == wire.NOTIFICATION and self._without_notifications:
+        if self._deaf or (message.kind == wire.NOTIFICATION and self._without_notifications):
             return b""
         if message.kind == wire.READY:
             link.in_transaction = message.body != b"I"

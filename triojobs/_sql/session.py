@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import psycopg
@@ -14,7 +15,10 @@ __all__ = [
     "prepare_session",
     "refuse_deaf_conninfo",
     "refuse_undeclared_pooler",
+    "restore_job_session",
 ]
+
+LOCK_TIMEOUT: Final = 2.0  # seconds; whoever holds a lock of ours for longer is stuck or gone
 
 # READ COMMITTED whatever the role's default: close, rescue and retry need a new snapshot for each
 # statement. Generic plans: `LIMIT` with a parameter makes the planner try custom ones for ever (65 µs
@@ -29,7 +33,7 @@ FROM (VALUES ('default_transaction_isolation', 'read committed'),
              ('jit', 'off'),
              ('client_connection_check_interval', '1s'),
              ('statement_timeout', %(statement_timeout)s),
-             ('lock_timeout', '2s'),
+             ('lock_timeout', %(lock_timeout)s),
              ('idle_in_transaction_session_timeout', '10s')) AS w(name, value)
 JOIN pg_settings s ON s.name = w.name
 """
@@ -42,17 +46,34 @@ SELECT set_config('plan_cache_mode', 'force_generic_plan', true),
        set_config('enable_seqscan', 'off', true),
        set_config('jit', 'off', true),
        set_config('statement_timeout', %(statement_timeout)s, true),
-       set_config('lock_timeout', '2s', true),
+       set_config('lock_timeout', %(lock_timeout)s, true),
        set_config('idle_in_transaction_session_timeout', '10s', true)
 """
 
-# The user's own statements run here: their plans, their time. The isolation stays pinned.
+# The user's own statements run here: their plans, their time. The isolation stays pinned. A client
+# whose machine is gone would keep the rows that its work has locked for two hours; the server asks.
 PREPARE_JOB: Final = """
-SELECT set_config(s.name, w.value, false)
+SELECT set_config(w.name, w.value, false)
 FROM (VALUES ('default_transaction_isolation', 'read committed'),
-             ('client_connection_check_interval', '1s')) AS w(name, value)
-JOIN pg_settings s ON s.name = w.name
+             ('client_connection_check_interval', '1s'),
+             ('tcp_keepalives_idle', '5'),
+             ('tcp_keepalives_interval', '2'),
+             ('tcp_keepalives_count', '3')) AS w(name, value)
+WHERE current_setting(w.name, true) IS NOT NULL
 """
+
+# DISCARD ALL without the prepared statements, which psycopg knows by name. 60 µs.
+RESTORE_JOB: Final = (
+    """
+CLOSE ALL;
+SET SESSION AUTHORIZATION DEFAULT;
+RESET ALL;
+UNLISTEN *;
+SELECT pg_advisory_unlock_all();
+DISCARD TEMP;
+"""
+    + PREPARE_JOB
+)
 
 
 def prepare_session(conn: psycopg.Connection[Any], *, call_timeout: float) -> None:
@@ -66,13 +87,20 @@ def begin_transaction(conn: psycopg.Connection[Any], *, call_timeout: float) -> 
 
 
 def _limits(call_timeout: float) -> dict[str, str]:
-    # A little later than the breaker: it says better what happened; this one frees the server.
-    return {"statement_timeout": f"{int((call_timeout + 1) * 1000)}ms"}
+    # The statement's is a little later than the breaker: it says better what happened; this one frees the
+    # server. A lock is given up before the breaker comes, so that the call knows what it met.
+    seconds = {"statement_timeout": call_timeout + 1, "lock_timeout": min(LOCK_TIMEOUT, call_timeout / 2)}
+    return {name: f"{math.ceil(value * 1000)}ms" for name, value in seconds.items()}
 
 
 def prepare_job_session(conn: psycopg.Connection[Any]) -> None:
     """Settings for connections that are lent to `Job.commit`."""
     conn.execute(PREPARE_JOB)
+
+
+def restore_job_session(conn: psycopg.Connection[Any]) -> None:
+    """Undo what work has left behind in the session: settings, locks, temporary tables, LISTEN."""
+    conn.execute(RESTORE_JOB, prepare=False)
 
 
 def refuse_undeclared_pooler(conn: psycopg.Connection[Any]) -> None:
