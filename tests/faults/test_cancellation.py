@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-import trio.lowlevel
+import trio.testing
 
 import triojobs
 from tests.tools.fault_proxy import fault_proxy
@@ -20,6 +20,7 @@ from .rig import (
     SHORT,
     Figures,
     Journal,
+    background_group,
     exit_bound,
     logged,
     outcomes,
@@ -100,19 +101,15 @@ async def test_row_07_cancelled_while_a_thread_stands_at_a_point_of_its_statemen
         job_id = await client.enqueue(plain, "return")
     journal = Journal()
     gate = ThreadGate(monkeypatch, module, statement, point)
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as nursery:
-
-            @nursery.start_soon
-            async def cancel_at_the_gate() -> None:
-                await wait_until(gate.reached.is_set)
-                scope.cancel()
-                for _ in range(5):
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                gate.open.set()
-
-            async with triojobs.open_worker_group(conninfo, [journal.worker()], **SHORT) as group:
-                await trio.sleep_forever()
+    async with background_group(conninfo, [journal.worker()]) as (scope, groups):
+        await wait_until(gate.reached.is_set)
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        live = groups[0]._registrations[0]
+        # A thread is never abandoned: whose call it makes is still there.
+        assert live.fetching.value if statement == "claim" else live.settling.value
+        gate.open.set()
+    (group,) = groups
     assert running(conninfo) == 0
     if statement == "claim":  # claimed or not: given back, and never begun
         assert journal.began == []

@@ -13,7 +13,7 @@ from .processes import WorkerProcess
 from .rig import SHORT, Figures, exit_bound, outcomes, plain, running, waiting
 
 Start = Callable[..., WorkerProcess]
-PROCESSES = 3  # for each number of signals; they run beside each other
+PROCESSES = 2  # for each number of signals; they run beside each other
 
 
 def test_row_05_sigint_twice_and_four_times_to_a_real_process(

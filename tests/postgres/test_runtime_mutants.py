@@ -9,9 +9,9 @@ import test_handlers as handlers
 import test_lease_and_outage as leases
 
 from tests.tools.mutants import Mutant, code, noticed
-from triojobs import _group
 from triojobs._demand import Demand
 from triojobs._handling import Slots
+from triojobs._heartbeat import LeaseWatch
 from triojobs._postgres import BeatLoop
 
 MUTANTS: dict[str, Mutant] = {
@@ -34,10 +34,12 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "the end of the lease is not read again": (
         code(
-            _group,
-            "watch_lease",
-            ("continue", "pass"),
-            ("if not live.lease.provable(store.now()):", "if True:"),
+            LeaseWatch,
+            "look",
+            (
+                "live.lease.provable(self._store.now())",
+                "self._store.now() < vars(self).setdefault('until', live.lease.until)",
+            ),
         ),
         leases.test_a_blocked_loop_loses_neither_its_lease_nor_its_healthy_handlers,
         {},

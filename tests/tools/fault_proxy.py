@@ -82,8 +82,7 @@ class FaultProxy:
         self._links: set[Link] = set()
         self._stalled: set[str] = set()  # directions
         self._refusing = False
-        self._deaf = False
-        self._deaf_to_cancels = False
+        self._deaf = self._deaf_to_cancels = False
         self._without_notifications = False
         self._closed = False
         self._watched: list[Statement] = []
