@@ -367,6 +367,8 @@ class Line:
             return call.conn
 
         conn = await self.run(operation, work)
+        if conn not in self._idle:  # it was broken off, or broke, in the last moment
+            raise DatabaseError("the connection was lost", operation=operation, transient=True)
         self._idle.remove(conn)
         return conn
 

@@ -515,10 +515,20 @@ def with_workers(options: GroupOptions, workers: Sequence[Worker[Any, Any]]) -> 
 
 
 async def _close_quietly(store: Store, live: LiveRegistration) -> None:
-    try:
-        await store.close_group(live.group_id, lambda rows: None, deadline=store.now() + 1.0)
-    except TriojobsError as exc:
-        log.warning("%s", exc, extra={"event": "close_failed"})
+    """Close a registration under which nothing ever ran; what fails for a second is left to its lease."""
+    deadline = store.now() + 1.0
+    failures = 0
+    while True:
+        try:
+            await store.close_group(live.group_id, lambda rows: None, deadline=deadline)
+            return
+        except TriojobsError as exc:
+            log.warning("%s", exc, extra={"event": "close_failed"})
+            failures += 1
+            pause = reconnect_delay(failures, random.random)
+            if isinstance(exc, SchemaError) or store.now() + pause >= deadline:
+                return
+            await trio.sleep(pause)
 
 
 async def _note_interruption(live: LiveRegistration) -> None:

@@ -169,11 +169,10 @@ def _runs_once(record: Record) -> Iterator[str]:
 
 def _no_overlap(record: Record) -> Iterator[str]:
     for first, second in record.journal.overlaps:
-        elsewhere = first.fence[0] in record.ours and second.fence[0] not in record.ours
-        # A handler that does not obey is run elsewhere when the lease is over, and one whose lease was
+        elsewhere = (first.fence[0] in record.ours) != (second.fence[0] in record.ours)
+        # A handler that does not obey is run elsewhere when the lease is over, and a group whose lease was
         # taken away cannot know before the next beat.
-        excused = elsewhere and (first.kind in DISOBEYS or "retire" in record.injected)
-        if not excused:
+        if not (elsewhere and (first.kind in DISOBEYS or "retire" in record.injected)):
             yield f"{first.name} and {second.name} at once"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from .campaign import cases, failures
 from .injections import MODES
+from .record import Case, Fault
 
 STRIDE = 29
 SEEDS = range(6)  # both isolations, with and without rivals, outsiders, a cap and notifications
@@ -23,3 +24,15 @@ def test_no_injection_at_any_point_breaks_an_invariant(seed: int) -> None:
     }
     wrong = failures(chosen)
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("sigint", 4, 34, None, Fault(2, "refused")),  # interrupted on entry, and the first close refused
+        Case("retire", 5, 255, None, Fault(3, "lost_before")),
+    ],
+    ids=lambda case: case.command,
+)
+def test_what_once_went_wrong(case: Case) -> None:
+    assert failures([case]) == []
