@@ -44,7 +44,7 @@ from .rig import (
 def hanging_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our sessions without the server's timeouts, as in a backend that hangs in its disk or a signal."""
     changed = session.PREPARE
-    for line in ("('statement_timeout', %(statement_timeout)s)", "('lock_timeout', '2s')"):
+    for line in ("('statement_timeout', %(statement_timeout)s)", "('lock_timeout', %(lock_timeout)s)"):
         name = line.split("'")[1]
         assert line in changed
         changed = changed.replace(line, f"('{name}', '0')")

@@ -52,7 +52,7 @@ async def test_row_16_a_black_hole_while_replies_are_awaited(
                         ended_at.append(trio.current_time())
                         assert (caught.value.committed, caught.value.transient) == (None, True)
 
-                    await blocked(conninfo, "client")
+                    await blocked(conninfo, "enqueue")
                     link.black_hole()
                     began = trio.current_time()
             figures.note("a call", ended_at[0] - began, at_most=call_bound(SHORT))

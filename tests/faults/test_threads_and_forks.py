@@ -175,7 +175,7 @@ async def test_row_40b_a_group_is_cancelled_while_a_handlers_thread_waits_for_it
         await groups[0].client.enqueue(plain, None, delay=0.3)
         # Commits of bodies wait; claims and settlements only read them.
         with locked(conninfo, "LOCK TABLE triojobs.jobs IN SHARE MODE") as gate:
-            await blocked(conninfo, "client")
+            await blocked(conninfo, "enqueue")
             cancelled_at = trio.current_time()
             scope.cancel()
             if commits:

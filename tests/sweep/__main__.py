@@ -101,7 +101,7 @@ def sweep(case: Case, step: int) -> int:
             bad += 1
             names.update(what.split(":")[0] for what in found)
             if bad <= 5:
-                print(at_k.command(), *found, sep="\n    ")
+                print(at_k.command, *found, sep="\n    ")
     runs = len(range(0, base.points, step))
     print(f"{runs} runs, {bad} bad, {(time.perf_counter() - began) / runs * 1000:.1f} ms each; {dict(names)}")
     return bool(bad)
