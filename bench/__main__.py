@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from . import drain, enqueue, footprint, latency, scale, volume
+from . import drain, enqueue, footprint, latency, profile, scale, volume
 from .peers import PEERS, installed
 from .rounds import Line, show
 from .running import BenchError
@@ -30,6 +30,8 @@ MEASURES: Final[dict[str, Measure]] = {
     "snapshot": drain.snapshot,
     "payload": drain.payload,
     "processes": scale.processes,
+    "distance": scale.distance,
+    "profile": profile.profile,
 }
 NAMES: Final = ["sql", *PEERS]
 

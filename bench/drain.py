@@ -28,6 +28,7 @@ SNAPSHOT_JOBS: Final = 400_000  # dead rows hurt the more, the more there are
 LOOK: Final = 0.002  # seconds between looks for the last unfinished job: 0.2 % of a run of one second
 RATE: Final = "jobs/s"
 Meanwhile = Callable[[Database], AbstractContextManager[Any]]
+Road = Callable[[Database], AbstractContextManager[Database]]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,11 @@ def drained(
     jobs: int,
     size: int = 95,
     meanwhile: Meanwhile = nullcontext,
+    road: Road = nullcontext,
 ) -> Drained:
-    """Run `jobs` waiting jobs in a database of their own. `meanwhile` makes what surrounds the run.
+    """Run `jobs` waiting jobs in a database of their own.
+
+    `meanwhile` makes what surrounds the run, `road` the way on which the worker reaches the database.
 
     Raises:
         BenchError: the counts are off.
@@ -62,7 +66,10 @@ def drained(
     key = (contender.name, config, jobs, size)
     template = server.template(key, partial(contender.fill, config=config, jobs=jobs, size=size))
     with server.database(template) as database, meanwhile(database):
-        with contender.program(database, config, "work", jobs=jobs, size=size) as program:
+        with (
+            road(database) as far,
+            contender.program(far, config, "work", jobs=jobs, size=size) as program,
+        ):
             before = program.start().cpu_seconds()
             started = program.hear("started")
             program.hear("handled")

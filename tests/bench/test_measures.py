@@ -91,6 +91,7 @@ def test_a_drain_beside_bare_sql_is_exactly_one_line(run: Run) -> None:
             20,
             {"drain, 1.5 kB payload (triojobs)", "drain, 1.5 kB payload (sql)", "drain, 1.5 kB payload"},
         ),
+        ("distance", 20, {"drain, 1 ms away"}),
         ("processes", 30, {"drain, 2 processes"}),
     ],
 )
