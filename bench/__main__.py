@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from . import drain, enqueue, footprint, latency, profile, scale, volume
+from . import drain, enqueue, footprint, latency, profile, report, scale, volume
 from .peers import PEERS, installed
 from .rounds import Line, show
 from .running import BenchError
@@ -39,15 +39,19 @@ NAMES: Final = ["sql", *PEERS]
 def those_here(context: click.Context, option: click.Parameter, value: str | None) -> list[str]:
     """Return whom to measure beside: those named, or all. Who is not installed is left out, and said."""
     names = NAMES if value is None else [name for name in value.split(",") if name]
-    found = []
     for name in names:
         if name not in NAMES:
             raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}")
-        try:
-            found.append(name if name == "sql" else installed(name).name)
-        except BenchError as exc:
-            click.echo(f"left out: {exc}", err=True)
-    return found
+    return [name for name in names if is_installed(name)]
+
+
+def is_installed(name: str) -> bool:
+    """Return whether this one can be measured; say what to do where it cannot."""
+    try:
+        return name == "sql" or installed(name).name == name
+    except BenchError as exc:
+        click.echo(f"left out: {exc}", err=True)
+        return False
 
 
 @click.group()
@@ -82,6 +86,26 @@ def command(name: str, measure: Measure) -> click.Command:
 
 for name, measure in MEASURES.items():
     main.add_command(command(name, measure))
+
+
+@main.command("report")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def report_all(rounds: int) -> None:
+    """Run every measure and write bench/results.jsonl, bench/results.rst and the plots."""
+    try:
+        report.check_plotting()
+        names = [name for name in NAMES if is_installed(name)]
+        lines: list[Line] = []
+        with private_server() as server:
+            for name, measure in MEASURES.items():
+                for line in measure(server, against=names, jobs=None, rounds=rounds):
+                    lines.append(line | {"command": name})
+                    show(line, as_json=False)
+                server.forget_templates()
+            report.write(server.description, lines)
+    except BenchError as exc:
+        raise click.ClickException(str(exc)) from exc
+
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")
