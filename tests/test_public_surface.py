@@ -11,7 +11,7 @@ import pytest
 import triojobs
 
 NAMES = """
-    Backoff CborCodec Client Codec CodecError DatabaseError DuplicateJobError Enqueued GroupStatistics Job
+    Backoff CborCodec Client Codec CodecError DatabaseError DuplicateJobError Enqueued GroupStatistics HardStop Job
     JobCancelledError JobFailedError JobInfo JobNotFoundError JobStatus JsonCodec Kill LeaseLostError NewJob
     OptionError PydanticCodec Queue RetryAfter SchemaError ShutdownReport Snooze StaleClaimError SyncClient
     TriojobsError Worker WorkerGroup enqueue_many_on enqueue_on migrate open_client open_embedded_postgres

@@ -255,6 +255,25 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True)
+class HardStop:
+    """What `hard_stop` is told: what does not end.
+
+    Attributes:
+        reason: "handler": handlers were cancelled `seconds` ago and have not ended; their leases are
+            kept, the group waits for them. "loop": the event loop has been blocked for `seconds`; the
+            group has stopped beating, and its jobs will be run elsewhere.
+        group_id: the registration. job_ids: those handlers' jobs; with "loop" all that are in hand.
+        stack: where they are, or where the event loop is.
+    """
+
+    reason: Literal["handler", "loop"]
+    group_id: uuid.UUID
+    job_ids: tuple[int, ...]
+    seconds: float
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownReport:
     """What a worker group did, in numbers that equal the rows.
 
@@ -290,6 +309,8 @@ class GroupStatistics:
         lease_until: when the lease must be thought lost, on the group's clock (seconds);
             minus infinity when there is none.
         registrations: how often the group registered (1 unless its lease was lost).
+        loop_blocked: how often something blocked the event loop for about a second or longer while
+            jobs were in hand; the log says where.
     """
 
     running: int
@@ -302,3 +323,4 @@ class GroupStatistics:
     rescued: int
     lease_until: float
     registrations: int
+    loop_blocked: int

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ._errors import OptionError, checked_seconds
+from ._model import HardStop
 
 __all__ = [
     "DEFAULT_SCHEMA",
     "GroupOptions",
+    "checked_conninfo",
     "checked_count",
     "checked_name",
     "checked_schema",
@@ -24,6 +28,7 @@ KEY_LIMIT: Final = 1024  # bytes; a btree entry must stay below a third of a pag
 METADATA_LIMIT: Final = 8 * 1024  # bytes of compact JSON; it travels with every claim
 PAYLOAD_LIMIT: Final = 1024 * 1024  # bytes; larger things belong in a store of their own, by reference
 ERROR_LIMIT: Final = 8 * 1024  # bytes of UTF-8; the head of a traceback's text is what people read
+HARD_STOP_AFTER: Final = 60.0  # seconds
 INT_LIMIT: Final = 2**31 - 1
 
 
@@ -53,6 +58,13 @@ def checked_count(field: str, value: object, *, least: int = 1, most: int = INT_
     return value
 
 
+def checked_conninfo(field: str, value: object) -> str:
+    """Return a conninfo, or raise OptionError that does not show it: it may contain a password."""
+    if not isinstance(value, str) or "\0" in value:
+        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
+    return value
+
+
 def checked_schema(value: object) -> str:
     """Return a schema name that needs no quoting, else raise OptionError."""
     if not isinstance(value, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,39}", value):
@@ -72,6 +84,16 @@ class GroupOptions:
             Longer survives longer stalls, shorter brings jobs of a dead process back sooner.
         lease_margin: how long before the end of the lease handlers are cancelled (> 0).
         beat_interval: time between beats; at least two must fit into lease_duration - lease_margin.
+        loop_dead_after: how long the event loop may be blocked while it holds jobs before the beats,
+            which do not need it, stop and others get the jobs (>= lease_duration; inf: never). None: 10
+            times lease_duration: a block of minutes is a mistake that people want to survive, one that
+            never ends must not keep jobs for ever.
+        hard_stop: called when a handler has not ended `hard_stop_after` seconds after it was cancelled
+            (whatever cancelled it), and when the event loop is dead (see loop_dead_after); None: it is
+            waited for. It gets a `HardStop`, may be called in another thread than the event loop's,
+            and need not return: `lambda why: os._exit(70)` leaves the jobs to rescue. What it
+            raises is logged.
+        hard_stop_after: see hard_stop (> 0). None: 60, which is longer than any clean-up should take.
         poll_interval: longest time that a due job waits when no notification can arrive (> 0).
         listening_poll_interval: the same while LISTEN is healthy: the price of a lost notification.
         rescan_interval: how long a job that became visible out of order may be overlooked (> 0).
@@ -93,6 +115,9 @@ class GroupOptions:
     lease_duration: float = 30.0
     lease_margin: float = 5.0
     beat_interval: float = 6.0
+    loop_dead_after: float | None = None
+    hard_stop: Callable[[HardStop], object] | None = None
+    hard_stop_after: float | None = None
     poll_interval: float = 1.0
     listening_poll_interval: float = 5.0
     rescan_interval: float = 1.0
@@ -134,6 +159,9 @@ class GroupOptions:
                 f"at most half of lease_duration - lease_margin ({usable / 2:g}), "
                 "so that one lost beat does not cost the lease",
             )
+        if self.loop_dead_after is not None and self.loop_dead_after != math.inf:
+            checked_seconds("loop_dead_after", self.loop_dead_after, least=self.lease_duration)
+        self._check_hard_stop()
         if self.job_connections is not None:
             checked_count("job_connections", self.job_connections, most=1000)
         if self.concurrency is not None:
@@ -148,6 +176,28 @@ class GroupOptions:
     def exit_bound(self) -> float:
         """Longest time that leaving the group takes, given handlers that obey cancellation."""
         return self.grace_period + self.close_timeout + self.call_timeout + 1.0
+
+    def _check_hard_stop(self) -> None:
+        if self.hard_stop is not None and (
+            not callable(self.hard_stop) or inspect.iscoroutinefunction(self.hard_stop)
+        ):
+            raise OptionError("hard_stop", self.hard_stop, "a synchronous function of one HardStop, or None")
+        if self.hard_stop_after is not None:
+            checked_seconds("hard_stop_after", self.hard_stop_after, positive=True)
+            if self.hard_stop is None:
+                raise OptionError("hard_stop_after", self.hard_stop_after, "None, as there is no hard_stop")
+
+    @property
+    def hard_stop_patience(self) -> float:
+        """Seconds from a handler's cancellation to `hard_stop`; inf without one."""
+        if self.hard_stop is None:
+            return math.inf
+        return HARD_STOP_AFTER if self.hard_stop_after is None else self.hard_stop_after
+
+    @property
+    def loop_death(self) -> float:
+        """`loop_dead_after` with its default filled in."""
+        return 10 * self.lease_duration if self.loop_dead_after is None else self.loop_dead_after
 
     @property
     def rescue_interval(self) -> float:

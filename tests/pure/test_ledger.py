@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -127,16 +128,18 @@ def test_a_commit_wins_over_an_end_that_was_not_written_yet() -> None:
     assert (ledger.held, ledger.unsettled) == (0, 0)
 
 
-def test_a_new_claim_of_a_job_replaces_an_end_that_became_stale() -> None:
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.SNOOZED, Outcome.RELEASED])
+def test_a_new_claim_of_a_job_shows_that_the_end_of_the_older_one_was_written(outcome: Outcome) -> None:
     ledger, old, new = Ledger(), claim(1, 1), claim(1, 2)
     ledger.book([old])
-    ledger.settle(old, end(old))
-    batch = ledger.ended(10)
+    ledger.settle(old, end(old, outcome))
+    batch = ledger.ended(10)  # committed, and its reply is lost or late
     ledger.book([new])
-    assert ledger.stale == 1
+    assert ledger.released + ledger.settled[outcome] == 1
+    assert ledger.stale == 0
     assert ledger.owns(new)
     assert not ledger.owns(old)
-    assert ledger.close_out(batch, []) == []  # counted when it was replaced
+    assert ledger.close_out(batch, []) == []  # counted already
     assert ledger.owns(new)
 
 
@@ -152,6 +155,23 @@ def test_the_closing_counts_what_it_wrote_and_names_what_it_did_not_find() -> No
     assert ledger.forget_all(rows) == [3]
     assert (ledger.held, ledger.unsettled, ledger.take_booked()) == (0, 0, [])
     assert (ledger.released, ledger.settled[Outcome.CANCELLED], ledger.stale) == (2, 1, 1)
+
+
+def test_a_claim_that_the_database_lost_is_stale_and_forgotten() -> None:
+    ledger, lost, kept = Ledger(), claim(1), claim(2)
+    ledger.book([lost, kept])
+    assert ledger.lose([(1, 1), (2, 9), (3, 1)]) == [(1, 1)]  # (2, 9) is another claim, 3 is unknown
+    assert not ledger.owns(lost)
+    assert not ledger.settle(lost, end(lost))
+    assert (ledger.held_ids(), ledger.stale) == ([2], 1)
+
+
+def test_a_lost_claim_that_has_ended_is_left_to_its_settlement() -> None:
+    ledger, one = Ledger(), claim(1)
+    ledger.book([one])
+    ledger.settle(one, end(one))
+    assert ledger.lose([(1, 1)]) == []
+    assert (ledger.held, ledger.unsettled, ledger.stale) == (1, 1, 0)
 
 
 class Books(RuleBasedStateMachine):
@@ -212,6 +232,16 @@ class Books(RuleBasedStateMachine):
         if self.owned.get(one.job_id) is one:
             del self.owned[one.job_id]
             self.ended.pop(one.job_id, None)
+            self.counted += 1
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        missing = [one for one in self.claims if data.draw(st.booleans())]
+        lost = [o for o in missing if self.owned.get(o.job_id) is o and o.job_id not in self.ended]
+        told = self.ledger.lose([(one.job_id, one.claim_no) for one in missing])
+        assert told == [(one.job_id, one.claim_no) for one in lost]
+        for one in lost:
+            del self.owned[one.job_id]
             self.counted += 1
 
     @rule(data=st.data())
