@@ -1,7 +1,7 @@
 """One seed decides everything: Trio's scheduler, latencies, jitter, ids, and what time it is.
 
-`_ALLOW_DETERMINISTIC_SCHEDULING` and `_r` are private to Trio; nothing else here or beside this module
-touches them, and `test_determinism.py` pins them.
+The order of tasks is held still as for users' own explorations (`repeatable`), which knows Trio's private
+switches; `test_determinism.py` pins them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from unittest import mock
 
 import trio
-from trio._core import _run
 
 from triojobs import _client, _flusher, _handling
+from triojobs._explore import repeatable
 
 from . import lockstep
 
@@ -40,25 +40,17 @@ def deterministic(seed: int) -> Iterator[random.Random]:
         now += clock.choice((0.0, 0.0, 0.002))
         return now
 
-    scheduler, jitter = _run._r.getstate(), random.getstate()
-    with ExitStack() as stack:
+    with repeatable(seed), ExitStack() as stack:
 
         def patch(where: Any, name: str, value: object) -> None:
             stack.enter_context(mock.patch.object(where, name, value))
 
-        patch(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         patch(uuid, "uuid4", lambda: uuid.UUID(int=ids.getrandbits(128), version=4))
         patch(_handling, "time", types.SimpleNamespace(perf_counter=perf_counter))
         patch(_flusher, "threading", lockstep.THREADING)
         patch(_flusher, "time", types.SimpleNamespace(monotonic=lockstep.monotonic))
         patch(_client, "check_cancelled", lockstep.check_cancelled)
-        _run._r.seed(seed)
-        random.seed(seed)
-        try:
-            yield own
-        finally:
-            _run._r.setstate(scheduler)
-            random.setstate(jitter)
+        yield own
 
 
 def lift_shields(task: trio.lowlevel.Task) -> None:
