@@ -15,7 +15,8 @@ import trio
 from triojobs._model import Claim
 from triojobs._postgres import PostgresStore
 
-from .gate import MODES, POINTS, Gate, Place
+from .gate import Gate
+from .gate_program import MODES, POINTS, Place
 
 CALLS = ("registering the worker group", "claiming jobs", "settling N job(s)", "closing the worker group")
 
