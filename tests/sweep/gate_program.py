@@ -24,7 +24,22 @@ import trio
 import triojobs
 from triojobs import _bridge
 
-MODES: Final = ("cancel", "sibling", "stop", "sigint")
+from ..tools.running import end_sessions, retire_groups
+
+MODES: Final = ("cancel", "sibling", "stop", "sigint", "own_scope", "retire", "terminate", "lost")
+"""What is injected.
+
+cancel     the scope around everything is cancelled
+sibling    a task next to the group raises
+stop       group.stop()
+sigint     SIGINT: KeyboardInterrupt in the main task
+own_scope  every running handler's own scope, inside of it, is cancelled
+retire     a rival rescues every registration of the group: their claims become failed attempts
+terminate  the server ends every session of the group: the call at the gate fails before its effect, or
+           has had it; others fail in their middle
+lost       the call at the gate raises as if its connection had died, whatever it did on the server
+"""
+ENDING: Final = frozenset({"cancel", "sibling", "stop", "sigint"})  # of the group
 POINTS: Final = ("enter", "connected", "executed", "committed", "exit")
 STEPS: Final = 5  # of the loop between the injection and the release of the thread
 NUMBER: Final = re.compile(r"\d+")
@@ -52,6 +67,11 @@ class Place(NamedTuple):
     operation: str
     occurrence: int
     point: str
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """What can happen here: a reply is lost only where there may be one."""
+        return MODES if self.point == "executed" else tuple(mode for mode in MODES if mode != "lost")
 
 
 class Boom(Exception):
@@ -93,6 +113,7 @@ class Program(trio.abc.Instrument):
         self.group: triojobs.WorkerGroup | None = None
         self._active: Counter[int] = Counter()
         self._counted: Counter[tuple[str, str]] = Counter()
+        self._own_scopes: set[trio.CancelScope] = set()
         self._lock = threading.Lock()
         self._go_on = threading.Event()
         self._outer = trio.CancelScope()
@@ -113,6 +134,8 @@ class Program(trio.abc.Instrument):
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._inject, go_on)
                 go_on.wait(PATIENCE)
+            if self.mode == "lost":
+                raise psycopg.OperationalError("the reply was lost")
 
     # On the loop.
 
@@ -133,7 +156,14 @@ class Program(trio.abc.Instrument):
             self._boom.set()
         elif self.mode == "sigint":
             signal.raise_signal(signal.SIGINT)
-        elif self.group is not None:
+        elif self.mode == "own_scope":
+            for scope in self._own_scopes:
+                scope.cancel()
+        elif self.mode == "retire":
+            retire_groups(self.conninfo)
+        elif self.mode == "terminate":
+            end_sessions(self.conninfo)
+        elif self.mode == "stop" and self.group is not None:
             self.group.stop()
 
     def run(self) -> None:
@@ -186,7 +216,11 @@ class Program(trio.abc.Instrument):
             self.overlaps.append(job.id)
         self._active[job.id] += 1
         try:
-            await getattr(self, f"_{job.payload}")(job, run)
+            with trio.CancelScope() as own_scope:
+                self._own_scopes.add(own_scope)
+                await getattr(self, f"_{job.payload}")(job, run)
+            if own_scope.cancelled_caught:
+                raise ValueError("its own scope was cancelled")
         except BaseException as exc:
             cancelled = trio.current_effective_deadline() == -math.inf
             run.ended = "interrupted" if cancelled or not isinstance(exc, Exception) else "failed"
@@ -196,6 +230,7 @@ class Program(trio.abc.Instrument):
             return job.payload
         finally:
             self._active[job.id] -= 1
+            self._own_scopes.discard(own_scope)
             if len({r.job_id for r in self.runs if r.status == "done"}) == len(KINDS) + 1:
                 self._all_done.set()
 
