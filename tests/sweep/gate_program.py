@@ -22,9 +22,8 @@ import psycopg
 import trio
 
 import triojobs
+from tests.tools.running import end_sessions, retire_groups
 from triojobs import _bridge
-
-from ..tools.running import end_sessions, retire_groups
 
 MODES: Final = ("cancel", "sibling", "stop", "sigint", "own_scope", "retire", "terminate", "lost")
 """What is injected.
