@@ -336,6 +336,7 @@ class WorkerGroup:
                     await self._close(live, deadline)
             await self._flusher.ended.wait()
         finally:
+            self._store.hurry(math.inf)  # the body may go on, and use the client
             for live in self._registrations:
                 self._store.release_lease(live.group_id)
                 live.service_scope.cancel()

@@ -39,10 +39,6 @@ def both(primary: Server, standby: Server) -> str:
     return f"host={primary.home},{standby.home} port=5432,5432 user=triojobs dbname=postgres"
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="with a call_timeout below 4 s only one of two hosts is asked per call, see Hosts.choose",
-)
 async def test_row_22_a_session_becomes_read_only_because_its_server_was_demoted(
     make_server: MakeServer, figures: Figures, caplog: pytest.LogCaptureFixture
 ) -> None:
