@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import outcome
 import psycopg
@@ -31,7 +32,7 @@ import trio
 from ._errors import DatabaseError, TriojobsError
 from ._logs import Log
 from ._sql.connecting import connect_in_time
-from ._sql.failures import Remedy, remedy, translate
+from ._sql.failures import READ_ONLY, Remedy, remedy, translate
 from ._sql.hosts import Hosts
 
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
@@ -332,6 +333,7 @@ class Line:
         self._begin = begin
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
+        self._eras: WeakKeyDictionary[psycopg.Connection[Any], int] = WeakKeyDictionary()  # see Hosts
         self._closed = False
         self._pid = os.getpid()
 
@@ -501,6 +503,8 @@ class Line:
                 what_helps = remedy(exc)
                 if what_helps is Remedy.RECONNECT:
                     conn.close()
+                if exc.sqlstate == READ_ONLY:
+                    self._hosts.demoted()
                 pause = random.uniform(0.01, 0.1)
                 again = what_helps is Remedy.RETRY and attempt < retries and not call.breaking
                 if again and clock() + pause < limit:
@@ -542,7 +546,7 @@ class Line:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
-            if not conn.closed and not _readable(conn.fileno()):
+            if not conn.closed and self._eras[conn] == self._hosts.era and not _readable(conn.fileno()):
                 return conn
             conn.close()
         return None
@@ -563,6 +567,7 @@ class Line:
 
     def _connect(self, operation: str, limit: float) -> psycopg.Connection[Any]:
         """Open an autocommit connection pinned to READ COMMITTED, by `limit` or when all must end."""
+        era = self._hosts.era
         conn = connect_in_time(
             self._conninfo,
             self._hosts,
@@ -570,6 +575,7 @@ class Line:
             operation=operation,
             defaults={"application_name": f"triojobs {self.role}", **KEEPALIVE},
         )
+        self._eras[conn] = era
         conn.prepare_threshold = None if self._pooled else PREPARE_THRESHOLD
         conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return conn

@@ -31,7 +31,8 @@ FAREWELLS: Final = ("08", "57P", "25P03")
 
 # A new connection may help: besides those, the server became a standby (there may be another host), or has
 # no room for us.
-RECONNECT_SQLSTATES: Final = (*FAREWELLS, "25006", "53300")
+READ_ONLY: Final = "25006"
+RECONNECT_SQLSTATES: Final = (*FAREWELLS, READ_ONLY, "53300")
 
 NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703", "42883"})
 

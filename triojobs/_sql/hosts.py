@@ -36,6 +36,7 @@ class Hosts:
         }
         self._count = max(len(self._lists["host"]), len(self._lists["hostaddr"]))
         self._first = 0
+        self.era = 0  # goes up when the primary is another one
 
     def __len__(self) -> int:
         return self._count
@@ -53,6 +54,10 @@ class Hosts:
         """Ask this one last, if it is still the first."""
         if self._first == host:
             self._first = (host + 1) % self._count
+
+    def demoted(self) -> None:
+        """Trust no connection of the past: it may read for ever what is no longer true."""
+        self.era += 1
 
     def _where(self, host: int) -> Where:
         """Return host, hostaddr and port, as far as they are given; one port is everybody's."""
