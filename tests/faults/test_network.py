@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import trio
 import triojobs
 from tests.tools.fault_proxy import fault_proxy
 from tests.tools.looking import blocked, locked, rows, until
-from triojobs import _listener
+from triojobs import _bridge, _listener
 from triojobs._backoff import RECONNECT_LIMIT
+from triojobs._sql.connecting import connect_in_time
 
 from .links import Link
 from .rig import (
@@ -110,6 +112,62 @@ async def test_row_17_a_black_hole_while_connecting(
         assert group.statistics().registrations == 1
     assert sorted(journal.began) == [(kept, 1), (job_id, 1)]
     assert outcomes(conninfo) == [(1, "done")] * 2
+
+
+HASTY: dict[str, Any] = SHORT | {"close_timeout": 1.0, "grace_period": 0.2, "lease_duration": 30.0}
+
+
+@pytest.fixture
+def connecting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts, by role, the connects in flight."""
+    in_flight: Counter[str] = Counter()
+
+    def counted(*args: Any, **options: Any) -> Any:
+        role = options["defaults"]["application_name"].removeprefix("triojobs ")
+        in_flight[role] += 1
+        try:
+            return connect_in_time(*args, **options)
+        finally:
+            in_flight[role] -= 1
+
+    monkeypatch.setattr(_bridge, "connect_in_time", counted)
+    return in_flight
+
+
+@pytest.mark.parametrize("left_by", ["cancel", "stop"])
+@pytest.mark.parametrize("when", ["calls wait", "everybody connects", "a commit waits"])
+async def test_a_black_hole_keeps_nobody_longer_than_the_bound(
+    conninfo: str, link: Link, figures: Figures, connecting: Counter[str], when: str, left_by: str
+) -> None:
+    """The bound is shorter than twice libpq's least for connecting, and what hangs is begun just before."""
+    journal, commits = Journal(), trio.Event()
+    committing: triojobs.Queue[Any, Any] = triojobs.Queue("committing")
+
+    async def commit(job: triojobs.Job[Any]) -> None:
+        await commits.wait()
+        await job.commit(lambda conn: None)
+
+    workers = [journal.worker(), triojobs.Worker(committing, commit)]
+    with trio.CancelScope() as scope:
+        async with triojobs.open_worker_group(link.conninfo, workers, **HASTY) as group:
+            ids = await group.client.enqueue_many(plain, ["wait", "wait"])
+            ids.append(await group.client.enqueue(committing, None))
+            await wait_until(lambda: group.statistics().running == 3)
+            link.black_hole()
+            if when == "a commit waits":
+                commits.set()
+                await wait_until(lambda: connecting["job"])
+            else:
+                journal.go_on.set()  # now there is something to settle
+                await wait_until(lambda: group.statistics().unsettled == 2)
+            if when == "everybody connects":
+                await wait_until(lambda: connecting["settle"] and connecting["claim"])
+            began = trio.current_time()
+            if left_by == "cancel":
+                scope.cancel()
+    figures.note("exit", trio.current_time() - began, at_most=exit_bound(HASTY))
+    assert set(group.report.abandoned) == set(ids)
+    link.heal()
 
 
 async def test_row_18_every_connection_is_reset_all_the_time(
