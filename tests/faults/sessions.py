@@ -10,7 +10,7 @@ from typing import Any, Final, LiteralString
 import trio
 
 import triojobs
-from tests.tools.looking import blocked, locked, rows, value
+from tests.tools.looking import blocked, locked, rows, until, value
 
 from .rig import AT_ONCE, PATIENCE, SHORT, plain, running, wait_until
 
@@ -122,6 +122,11 @@ async def end_in_mid_statement(
         with locked(conninfo, OUR_TABLES):
             effects.go_on.set()  # now there is something to commit and to settle
             nursery.start_soon(read)
+            sessions = []
             for role in IN_STATEMENTS:
-                await blocked(conninfo, role)
+                sessions.append(await blocked(conninfo, role))
                 assert end(role)
+            # What they were about to write is lost, and has to be written anew.
+            await until(
+                conninfo, "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s))", sessions
+            )

@@ -242,6 +242,8 @@ async def rescue_passes_over_the_claim(
                 over = len(rounds)
                 await wait_until(lambda: len(rounds) >= over + 2)  # they do not wait for the claim's lock
                 assert group.statistics().rescued == 0
+                closed = "SELECT count(*) FROM triojobs.worker_groups WHERE closed_at IS NOT NULL"
+                assert value(conninfo, closed) == 0  # they would have closed it without its jobs
                 gate.rollback()
                 began = trio.current_time()
                 with trio.fail_after(30):
