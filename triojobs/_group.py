@@ -276,12 +276,12 @@ class WorkerGroup:
 
     async def _stop_gracefully(self, live: LiveRegistration) -> None:
         live.fetch_scope.cancel(reason="the worker group stops")
-        await live.fetching.wait_value(False)
-        for slots in self._slots[live].values():
-            slots.withdraw()
         with trio.move_on_after(self._options.grace_period) as grace:
+            await live.fetching.wait_value(False)
+            for slots in self._slots[live].values():
+                slots.withdraw()
             await live.running.wait_value(0)
-        if grace.cancelled_caught:
+        if grace.cancelled_caught and live.running.value:
             log.warning(
                 "%d handler(s) did not end within grace_period (%g s) and are cancelled",
                 live.running.value,
@@ -336,6 +336,7 @@ class WorkerGroup:
                     await self._close(live, deadline)
             await self._flusher.ended.wait()
         finally:
+            self._store.hurry(math.inf)  # the body may go on, and use the client
             for live in self._registrations:
                 self._store.release_lease(live.group_id)
                 live.service_scope.cancel()

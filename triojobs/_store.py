@@ -119,7 +119,7 @@ class Store(Protocol):
         """Close every connection and thread. Bounded; never raises for a broken connection."""
 
     def hurry(self, deadline: float) -> None:
-        """Break off calls in flight that do not end by `deadline` (clock reading)."""
+        """Have calls end by `deadline` (clock reading): in flight, or begun before it is changed; inf: no more."""
 
     # The worker group.
 
