@@ -280,18 +280,18 @@ class Slots:
         )
 
     def _returned(self, claim: Claim, value: object) -> None:
-        if not self._ledger.owns(claim):
-            return  # committed by Job.commit, or moved on
         queue = self.worker.queue
         try:
             data = queue.encode_result(value)
         except Exception as exc:
+            if not self._ledger.owns(claim):
+                return  # committed by Job.commit, or moved on
             failed = outcome_of_failure(claim.attempt, claim.max_attempts)
             self._settle(claim, Verdict(failed, describe(exc)))
             return
         self._ledger.settle(
             claim,
-            Settlement(claim.job_id, claim.claim_no, Outcome.DONE, result=data, encoding=queue.codec.name),
+            Settlement(claim.job_id, claim.claim_no, Outcome.DONE, None, data, queue.codec.name),
         )
 
     def _settle(self, claim: Claim, verdict: Verdict) -> None:

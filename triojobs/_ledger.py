@@ -141,7 +141,7 @@ class Ledger:
 
     def close_out(self, asked: Iterable[Settlement], written: Sequence[Settled]) -> list[Settlement]:
         """Forget what was asked for and written; return what was not written (stale claims)."""
-        done = {(row.job_id, row.claim_no): row.outcome for row in written}
+        done = {(job_id, claim_no): outcome for job_id, claim_no, outcome in written}
         stale: list[Settlement] = []
         with self._lock:
             for settlement in asked:
