@@ -100,12 +100,16 @@ class Slots:
         return self.worker.concurrency - self._taken
 
     def hand_in(self, claims: Sequence[Claim], claimed_at: float) -> None:
-        """Give claims to slots; `claimed_at` is Trio's clock when the claim was sent."""
+        """Give claims to slots and wake them; `claimed_at` is Trio's clock when the claim was sent."""
+        self.lay_in(claims, claimed_at)
+        self.wake_some()
+
+    def lay_in(self, claims: Sequence[Claim], claimed_at: float) -> None:
+        """Give claims to slots that are awake; who calls this wakes some of the others soon."""
         self._taken += len(claims)
         self._inbox.extend([(claim, claimed_at) for claim in claims])
-        self._wake_some()
 
-    def _wake_some(self) -> None:
+    def wake_some(self) -> None:
         """Wake a few slots; each that takes a job wakes the next.
 
         Waking all of them costs a pass of the scheduler for each job; a slot whose job does not wait
@@ -144,7 +148,7 @@ class Slots:
                     await self._ready_for_next(task)
                     await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
-                    self._wake_some()
+                    self.wake_some()
                     await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
                     if scope.cancel_called:

@@ -156,7 +156,7 @@ async def test_jobs_that_wait_hold_up_none_of_those_behind_them(autojump_clock: 
 
 MUTANTS = {
     "a slot that takes a job wakes nobody": (
-        code(Slots, "slot", ("self._wake_some()", "pass")),
+        code(Slots, "slot", ("self.wake_some()", "pass")),
         test_jobs_that_wait_hold_up_none_of_those_behind_them,
         {},
     ),
