@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from types import CoroutineType
 from typing import Any, Final, TypeVar
 
 import trio
@@ -60,6 +61,11 @@ class Running:
     cancelled_at: float = math.inf
     reports: int = 0
     given_up: bool = False
+
+    @property
+    def may_be_cancelled(self) -> bool:
+        """Whether anything of the job's own may have cancelled the scope; asking the scope takes longer."""
+        return self.limit != math.inf or self.cancel_reason is not None
 
 
 class Slots:
@@ -149,9 +155,9 @@ class Slots:
                     await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
                     self.wake_some()
-                    await self._run(claim, claimed_at, scope, task)
+                    running = await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
-                    if scope.cancel_called:
+                    if running.may_be_cancelled and scope.cancel_called:
                         break
 
     @trio.lowlevel.enable_ki_protection
@@ -199,12 +205,12 @@ class Slots:
 
     async def _run(
         self, claim: Claim, claimed_at: float, scope: trio.CancelScope, task: trio.lowlevel.Task
-    ) -> None:
+    ) -> Running:
         running = Running(claim, scope, task)
         job = self._prepare(claim, claimed_at, running)
         if job is None:
             self._ended(claim)
-            return
+            return running
         self.running[claim.job_id] = running
         self._busy_ids.add(claim.job_id)
         self._live.handler_begins()
@@ -228,6 +234,7 @@ class Slots:
             self._busy_ids.remove(claim.job_id)
             self._live.handler_ends()
             self._ended(claim)
+        return running
 
     def _ended(self, claim: Claim) -> None:
         self._taken -= 1
@@ -345,7 +352,7 @@ def _with_keyboard_interrupt(handler: Callable[[Job[Any]], Any]) -> Callable[[Jo
     @trio.lowlevel.disable_ki_protection
     async def call(job: Job[Any]) -> Any:
         awaitable = handler(job)
-        if not isinstance(awaitable, Awaitable):
+        if type(awaitable) is not CoroutineType and not isinstance(awaitable, Awaitable):
             raise TypeError(
                 f"a handler must be an async function, but {handler!r} returned {type(awaitable).__name__}"
             )

@@ -166,7 +166,7 @@ MUTANTS = {
         {},
     ),
     "a slot keeps a scope that is used up": (
-        code(Slots, "slot", ("if scope.cancel_called:", "if False:")),
+        code(Slots, "slot", ("if running.may_be_cancelled and scope.cancel_called:", "if False:")),
         test_the_next_job_does_not_meet_a_scope_that_was_used_up,
         {"why": "timeout", "returns": True},
     ),
