@@ -273,7 +273,7 @@ class Tables:
             )
         run_at = self._run_at(row, now)
         # What names the job stays; everything else is the new body's.
-        kept = replace(row, queue=old.row.queue, key=old.row.key)
+        kept = row._replace(queue=old.row.queue, key=old.row.key)
         self.jobs[job_id] = BodyRow(job_id, kept, run_at, old.enqueued_at)
         moved = replace(waiting, priority=row.priority, run_at=run_at, max_attempts=row.max_attempts)
         (self.ready if run_at <= now else self.scheduled)[job_id] = moved
