@@ -72,7 +72,7 @@ class Lane:
 
     Attributes:
         busy: a commit is in flight; whoever made it looks for entries at its end. shared: the last one
-            carried more than one row.
+            carried more than one row. defect: what a commit raised in a caller's task.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,7 @@ class Lane:
         self.wake = Wake()
         self.busy = False
         self.shared = False
+        self.defect: Exception | None = None
 
     def take(self, most: int) -> list[Entry]:
         """Remove what one commit may carry."""
@@ -169,6 +170,8 @@ class Flusher:
     @trio.lowlevel.enable_ki_protection
     async def _run_lane(self, lane: Lane) -> None:
         while True:
+            if lane.defect is not None:
+                raise lane.defect
             batch = self._take(lane)
             if batch:
                 await self._commit(lane, batch)
@@ -226,7 +229,12 @@ class Flusher:
     async def _commit_alone(self, lane: Lane) -> None:
         """Commit in the caller's task. Shielded: a thread may have left a row in the same moment."""
         with trio.CancelScope(shield=True):
-            await self._commit(lane, self._take(lane))
+            try:
+                await self._commit(lane, self._take(lane))
+            except Exception as exc:
+                # The rows have their answers. A defect ends the flusher, whoever met it.
+                lane.defect = exc
+                lane.wake.set()
 
     def enqueue_from_thread(
         self, row: NewRow, timeout: float | None, check_cancelled: Callable[[], None]
