@@ -38,7 +38,7 @@ from ._flusher import Flusher
 from ._logs import Log
 from ._model import Enqueued, JobInfo, JobStatus, KeyUntil, NewRow, OnConflict, RawJob
 from ._options import checked_count, checked_text
-from ._queue import NewJob, Queue, new_row
+from ._queue import NewJob, Queue, new_row, plain_row
 from ._store import Store
 
 __all__ = ["IN_TRIO", "Client", "async_side", "info_of", "on_loop", "wrong_side"]
@@ -442,7 +442,9 @@ def rows_of(queue: Queue[Any, Any], items: Iterable[Any]) -> list[NewRow]:
 def row_of(queue: Queue[Any, Any], item: Any, index: int) -> NewRow:
     """Validate and encode one item of a call; errors name it."""
     try:
-        return new_row(queue, item if isinstance(item, NewJob) else NewJob(item))
+        if isinstance(queue, Queue) and not isinstance(item, NewJob):
+            return plain_row(queue, item)
+        return new_row(queue, item)
     except OptionError as exc:
         exc.add_note(f"item {index} of the call")
         raise

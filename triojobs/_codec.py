@@ -87,6 +87,8 @@ class CborCodec:
 
     def convert(self, plain: Any, type: Any) -> Any:
         """Return plain values as `type`, strictly."""
+        if type is Any:  # msgspec would return the same object, a microsecond later
+            return plain
         return msgspec.convert(plain, type, strict=True, builtin_types=CBOR_NATIVE)
 
 
@@ -168,14 +170,16 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
     Raises:
         EncodeError: names `field`, the value and what is allowed.
     """
-    if _is_record(type) and not isinstance(value, type):
+    if type is not Any and _is_record(type) and not isinstance(value, type):
         raise EncodeError(field, value, f"an instance of {_name(type)}")
     try:
         data = codec.encode(value)
         if not isinstance(data, bytes):
             raise TypeError(f"{codec.name}.encode returned {data.__class__.__name__}, not bytes")
         if len(data) <= limit:
-            lost = _lost(data, codec.decode(data, type), codec)
+            typed = codec.decode(data, type)
+            # Plain values come back as they are: there is no type that could lose a field of them.
+            lost = None if type is Any and codec in (CBOR, JSON) else _lost(data, typed, codec)
     except Exception as exc:
         raise EncodeError(
             field, value, f"a value of {_name(type)} that {codec.name} can encode ({cut(exc)})"
