@@ -223,7 +223,8 @@ def test_ctrl_c_at_any_step_of_a_commit_leaves_all_or_nothing(conninfo: str) -> 
         done = group.report.settled["done"]
         assert len(notes(conninfo)) == done
         assert value(conninfo, "SELECT count(*) FROM triojobs.ready WHERE attempts = 0") == 1 - done
-        assert (group.report.released, group.statistics().stale) == (1 - done, 0)
+        # A claim on its way may take the job that was just given back, and gives it back again.
+        assert (min(1, group.report.released), group.statistics().stale) == (1 - done, 0)
         if committer.ends and not isinstance(committer.ends[0], BaseException):
             assert done
         committed.append(done)

@@ -310,9 +310,9 @@ class FaultProxy:
             return message.raw
         if message.kind == wire.READY:  # so it has been executed
             link.watched = None
+            watched.answered.set()  # first: whoever sees the reset may look
             if not watched.hold:
                 link.reset()
-            watched.answered.set()
         return message.raw if watched.hold else b""
 
 
