@@ -569,6 +569,15 @@ class Tables:
         """Return whether the job waits or runs."""
         return job_id in self.ready or job_id in self.scheduled or job_id in self.leases
 
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """Return those that neither wait nor run: the unknown, then the ended as they ended."""
+
+        def order(job_id: int) -> tuple[int, int]:
+            outcomes = self.outcomes.get(job_id)
+            return outcomes[-1].no if outcomes else 0, job_id
+
+        return sorted((i for i in ids if not self.alive(i)), key=order)
+
     def cancel(self, job_id: int, reason: str, now: float) -> tuple[bool, uuid.UUID | None]:
         """Return whether it will not run again because of this call, and the group that runs it."""
         waiting = self._take_waiting(job_id)
