@@ -87,7 +87,7 @@ class CborCodec:
 
     def convert(self, plain: Any, type: Any) -> Any:
         """Return plain values as `type`, strictly."""
-        if type is Any:
+        if type is Any:  # msgspec would return the same object, a microsecond later
             return plain
         return msgspec.convert(plain, type, strict=True, builtin_types=CBOR_NATIVE)
 
@@ -172,7 +172,7 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
     Raises:
         EncodeError: names `field`, the value and what is allowed.
     """
-    if _is_record(type) and not isinstance(value, type):
+    if type is not Any and _is_record(type) and not isinstance(value, type):
         raise EncodeError(field, value, f"an instance of {_name(type)}")
     try:
         data = codec.encode(value)
@@ -180,8 +180,8 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
             raise TypeError(f"{codec.name}.encode returned {data.__class__.__name__}, not bytes")
         if len(data) <= limit:
             typed = codec.decode(data, type)
-            # Plain values have no type that could drop anything.
-            whole = type is Any or (value.__class__ is type and _is_flat(type))
+            # Plain values have no type that could drop anything, nor have flat records.
+            whole = codec in (CBOR, JSON) and (type is Any or (value.__class__ is type and _is_flat(type)))
             lost = None if whole else _lost(data, typed, codec)
     except Exception as exc:
         raise EncodeError(

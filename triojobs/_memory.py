@@ -631,9 +631,7 @@ class MemoryStore:
         return await self._call("read_jobs", self._client_line, effect)
 
     async def ended(self, ids: Sequence[int]) -> list[int]:
-        return await self._call(
-            "ended", self._client_line, lambda: [i for i in ids if not self._tables.alive(i)]
-        )
+        return await self._call("ended", self._client_line, lambda: self._tables.ended(ids))
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
         def reply(found: tuple[bool, uuid.UUID | None]) -> None:

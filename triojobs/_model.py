@@ -63,11 +63,11 @@ class Outcome(StrEnum):
 SETTLED: Final = (Outcome.DONE, Outcome.FAILED, Outcome.KILLED, Outcome.CANCELLED, Outcome.SNOOZED)
 
 
-@dataclass(frozen=True, slots=True)
-class NewRow:
+class NewRow(NamedTuple):
     """One job, validated and encoded: what enqueueing sends. Client → store.
 
-    `delay` and `run_at` exclude each other; neither means now, by the server's clock.
+    `delay` and `run_at` exclude each other; neither means now, by the server's clock. A tuple, because
+    one is made for each job: a frozen dataclass of this size takes four times as long.
     """
 
     queue: str
@@ -85,6 +85,11 @@ class NewRow:
     metadata: str = "{}"  # JSON text of an object
     job_id: int | None = None
     on_conflict: OnConflict = "raise"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing can stand in its way: it has neither a key nor an id of the caller's."""
+        return self.key is None and self.job_id is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,6 +217,11 @@ class Worker(Generic[PayloadT, ResultT]):
         return f"Worker({self.queue.name!r}, concurrency={self.concurrency})"
 
 
+def plain_row(queue: Queue[Any, Any], payload: Any) -> NewRow:
+    """Encode one payload without options. As `new_row`, at a third of its price."""
+    return NewRow(queue.name, queue.encode_payload(payload), queue.codec.name)
+
+
 def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
     """Validate and encode one job.
 

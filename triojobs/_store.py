@@ -242,7 +242,7 @@ class Store(Protocol):
         """Return the jobs that exist, in no particular order."""
 
     async def ended(self, ids: Sequence[int]) -> list[int]:
-        """Return those ids whose job has ended or does not exist."""
+        """Return those ids whose job does not exist, then those whose job has ended, in the order of their ends."""
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
         """Cancel a waiting job, or ask for the cancellation of a running one. False: it had ended.
