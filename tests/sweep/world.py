@@ -34,6 +34,7 @@ from .record import Case, Exit, Record
 T = TypeVar("T")
 
 VIRTUAL_LIMIT: Final = 200.0  # seconds; longer is a hang
+PATIENCE: Final = 3  # how often a run is asked to end before its loop is broken off
 
 FAULTS: Final = ("refused", "lost_before", "lost_after", "late")
 """refused: a clean, transient error. lost: no reply, before or after the call had its effect. late: no
@@ -128,10 +129,12 @@ class FaultyStore(PlainStore):
 
 
 class World:
-    """Everything that runs in one run."""
+    """Everything that runs in one run. `break_off` is called when it does not end."""
 
-    def __init__(self, case: Case, conductor: Conductor) -> None:
+    def __init__(self, case: Case, conductor: Conductor, break_off: Callable[[], None]) -> None:
         self.case = case
+        self.break_off = break_off
+        self._given_up = 0
         self.conductor = conductor
         self.database = MemoryDatabase()
         self.record = Record(case, self.database)
@@ -263,14 +266,19 @@ class World:
     # The way out of a run that would hang.
 
     async def _watch(self) -> None:
-        await trio.sleep(VIRTUAL_LIMIT)
-        self.give_up(f"still running after {VIRTUAL_LIMIT:g} virtual seconds")
+        while True:
+            await trio.sleep(VIRTUAL_LIMIT)
+            self.give_up(f"still running after {VIRTUAL_LIMIT:g} virtual seconds")
 
     def give_up(self, why: str) -> None:
-        """Lift every shield and cancel."""
+        """Lift every shield and cancel; if that does not help, break the loop off."""
         self.record.stuck = self.record.stuck or why
+        self._given_up += 1
+        if self._given_up > PATIENCE:
+            self.break_off()
         for task in _tasks(trio.lowlevel.current_root_task()):
             lift_shields(task)
+        self.outer.cancel()
         self.nursery.cancel_scope.cancel()
         self.quiet.set()
 
