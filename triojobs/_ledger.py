@@ -180,6 +180,11 @@ class Ledger:
             self._booked.clear()
         return stale
 
+    def gave_back(self, number: int) -> None:
+        """Count claims that the ledger never knew and a comparison released."""
+        with self._lock:
+            self.released += number
+
     def _count(self, outcome: Outcome) -> None:
         if outcome is Outcome.RELEASED:
             self.released += 1

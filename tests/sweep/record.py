@@ -77,8 +77,7 @@ class Record:
         injections: what was injected when, but for what found nobody to disturb.
         cancels: job → when `cancel` had said True (inf: it may have). noticed: what did not hold for a
         moment. lost_claims: those that no ledger was told of. swept: those that a comparison gave
-        back. rescued: the `no` of outcomes that an
-        injected rescue wrote.
+        back whose reply was lost. rescued: the `no` of outcomes that an injected rescue wrote.
     """
 
     case: Case

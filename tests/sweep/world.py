@@ -29,7 +29,7 @@ from .conductor import Conductor
 from .determinism import lift_shields
 from .jobs import DISOBEYS, Handlers
 from .program import CHILDREN, JOBS, RETRY, rows
-from .record import Case, Exit, Record
+from .record import Case, ClaimName, Exit, Record
 
 T = TypeVar("T")
 
@@ -79,17 +79,22 @@ class FaultyStore(PlainStore):
         known: Callable[[], Sequence[tuple[int, int]]],
         missing: Callable[[Sequence[tuple[int, int]]], None],
     ) -> Compared | None:
+        swept: set[ClaimName] = set()
+
         def noted() -> Sequence[tuple[int, int]]:
-            # What goes back here was never in a ledger, so the report cannot count it.
             claims = known()
-            self.world.record.swept |= {
+            swept.update(
                 (row.id, row.group_id, row.claim_no)
                 for row in self.world.database.tables.leases.values()
                 if row.group_id == group_id and (row.id, row.claim_no) not in claims
-            }
+            )
             return claims
 
-        return await super().compare(group_id, noted, missing)
+        try:
+            return await super().compare(group_id, noted, missing)
+        except triojobs.DatabaseError:
+            self.world.record.swept |= swept  # without the reply the report cannot count them
+            raise
 
     async def _call(
         self,
