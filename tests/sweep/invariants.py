@@ -81,6 +81,17 @@ def _only_permitted_errors(record: Record) -> Iterator[str]:
     yield from (repr(leaf) for leaf in _leaves(record.error) if not isinstance(leaf, permitted))
 
 
+def _errors_come_out(record: Record) -> Iterator[str]:
+    """What ends a program must not be lost on the way out of the group."""
+    due: set[type[BaseException]] = {Boom} if record.raised_boom else set()
+    struck = any(run.struck and run.fence[0] in record.ours for run in record.journal.runs)
+    if struck or [mode for mode, _ in record.injections] == ["sigint"]:
+        due.add(KeyboardInterrupt)
+    # One that is interrupted by the other takes it along, or it is the other's context.
+    if due and not due & {type(leaf) for leaf in _leaves(record.error)}:
+        yield f"{' and '.join(sorted(kind.__name__ for kind in due))} did not: {record.error!r}"
+
+
 def _exit_in_time(record: Record) -> Iterator[str]:
     """Within the bound, and at once when the store is well: after the last handler's end."""
     ending = [at for mode, at in record.injections if mode in ENDING]
@@ -311,6 +322,7 @@ CHECKS: Final = {
         _ledger_empty,
         _no_token_leaked,
         _only_permitted_errors,
+        _errors_come_out,
         _exit_in_time,
         _tables_consistent,
         _done_iff_returned,

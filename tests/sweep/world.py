@@ -215,6 +215,7 @@ class World:
 
     async def _sibling(self) -> None:
         await self.boom.wait()
+        self.record.raised_boom = True
         raise Boom
 
     def _workers(self, handlers: Handlers) -> list[Worker[Any, Any]]:
