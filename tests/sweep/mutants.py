@@ -36,7 +36,7 @@ from .record import Case, Fault
 T = TypeVar("T")
 
 LIMIT: Final = 400  # runs in which a mutant must be killed
-STEP: Final = 3  # points from one case to the next
+SPREAD: Final = 0.618034  # of the golden section: the first few points lie all over the run, and so do the next
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,19 @@ class Mutant:
         """Yield cases that may kill it: the one that did, then others in all the programs that fit."""
         if self.first is not None:
             yield self.first
-        for seed in range(2 * FAMILY):
-            if not self.kinds or self.kinds & set(program(seed).kinds):
-                for case in self._injected(seed):
-                    yield from self._broken(case)
+        fitting = (s for s in range(2 * FAMILY) if not self.kinds or self.kinds & set(program(s).kinds))
+        yield from _by_turns([self._of(seed) for seed in fitting])
+
+    def _of(self, seed: int) -> Iterator[Case]:
+        for case in self._injected(seed):
+            yield from self._broken(case)
 
     def _injected(self, seed: int) -> Iterator[Case]:
         if self.mode is None:
             yield Case("cancel", seed)
             return
-        for k in range(0, run(Case(self.mode, seed)).points, STEP):
+        points = range(run(Case(self.mode, seed)).points)
+        for k in sorted(points, key=lambda k: k * SPREAD % 1):
             yield Case(self.mode, seed, k)
 
     def _broken(self, case: Case) -> Iterator[Case]:
@@ -81,6 +84,16 @@ class Mutant:
         for j, call in enumerate(run(case).calls):
             if call == operation:
                 yield Case(case.mode, case.seed, case.k, None, Fault(j, kind))
+
+
+def _by_turns(sources: list[Iterator[Case]]) -> Iterator[Case]:
+    while sources:
+        for source in sources[:]:
+            case = next(source, None)
+            if case is None:
+                sources.remove(source)
+            else:
+                yield case
 
 
 @dataclass(frozen=True)
@@ -381,6 +394,7 @@ MUTANTS: Final = (
         ),
         "handlers-can-enqueue",
         mode="cancel",
+        fault=("refused", "enqueue_each"),
         kinds=("says_goodbye",),
     ),
     mutant(
@@ -423,7 +437,7 @@ MUTANTS: Final = (
     mutant(
         "register again without closing what was lost",
         code(WorkerGroup, "_renew", ("if not old.closed:", "if False:")),
-        "no-needless-rescue",
+        "ends",
         mode="lose",
     ),
     mutant(
@@ -444,10 +458,15 @@ MUTANTS: Final = (
         kinds=("snoozes",),
     ),
     mutant(
-        "a slot keeps a scope that is used up",
-        code(Slots, "slot", ("if scope.cancel_called:", "if False:")),
-        "ends",
-        "everything-done",
-        mode="job_cancel",
+        "a registration whose reply was lost is forgotten",
+        code(WorkerGroup, "_register", ("if exc.committed is False:", "if True:")),
+        "group-closed",
+        fault=("lost_after", "register"),
+    ),
+    mutant(
+        "no fence",
+        code(Tables, "fenced", (" or lease.group_id != group_id or lease.claim_no != claim_no", "")),
+        "done-iff-returned",
+        mode="retire",
     ),
 )

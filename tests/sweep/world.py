@@ -34,6 +34,7 @@ from .record import Case, ClaimName, Exit, Record
 T = TypeVar("T")
 
 VIRTUAL_LIMIT: Final = 200.0  # seconds; longer is a hang
+HEAD_START: Final = 0.03  # seconds of ours before the rival: it shall get what is given back, not everything
 PATIENCE: Final = 3  # how often a run is asked to end before its loop is broken off
 
 FAULTS: Final = ("refused", "lost_before", "lost_after", "late")
@@ -229,6 +230,8 @@ class World:
     async def _rival(self) -> None:
         handlers = Handlers(self.record.journal, self.conductor, CHILDREN)
         context = GroupContext(partial(PlainStore, self), self._workers(handlers), self.record.options)
+        with trio.move_on_after(HEAD_START):
+            await self.ours_ended.wait()
         async with context as group:
             self.record.rival = group
             handlers.client = group.client
