@@ -63,7 +63,8 @@ class Run:
 
     Attributes:
         ended: running, returned, failed (raised while nobody cancelled it), interrupted, snoozed, killed.
-        limit: when its timeout is over. committed: Job.commit has returned. cut: by a scope of its own. struck: by Ctrl-C.
+        limit: when its timeout is over. committed: Job.commit has returned. cut: by a scope of its own.
+        struck: by Ctrl-C.
         sure, unsure: jobs that it enqueued, by what the calls told. refused: an enqueue found the
         group closed.
     """

@@ -2,7 +2,8 @@
 
 The first eleven are what a first skeleton of the runtime was measured against; the others are what we fear
 most in our own code. Each changes a part of a function's source, and falls over when that part is not
-there; each is killed by an invariant that is meant for it, and not by any side condition.
+there; each must be killed by an invariant that is meant for it, and not by any side condition. Where to look
+is said by mode, fault and program, not by number: numbers of points change with the runtime.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from triojobs._settler import Settler
 
 from .harness import run
 from .invariants import NAMES, names, violations
-from .program import FAMILY, program
+from .program import FAMILY, Program, program
 from .record import Case, Fault
 
 T = TypeVar("T")
 
 LIMIT: Final = 400  # runs in which a mutant must be killed
-SPREAD: Final = 0.618034  # of the golden section: the first few points lie all over the run, and so do the next
+SPREAD: Final = (
+    0.618034  # of the golden section: the first few points lie all over the run, and so do the next
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Mutant:
     Attributes:
         breaks: the invariants that are meant for it; any of them kills.
         mode: what is injected; None: nothing. fault: a kind, and the call of the store that it befalls.
-        kinds: jobs, one of which the program must have. first: a case that killed it before.
+        kinds: jobs, one of which the program must have. rival: so must another group that wants them.
     """
 
     name: str
@@ -55,14 +58,14 @@ class Mutant:
     mode: str | None = None
     fault: tuple[str, str] | None = None
     kinds: frozenset[str] = frozenset()
-    first: Case | None = None
+    rival: bool = False
 
     def cases(self) -> Iterator[Case]:
-        """Yield cases that may kill it: the one that did, then others in all the programs that fit."""
-        if self.first is not None:
-            yield self.first
-        fitting = (s for s in range(2 * FAMILY) if not self.kinds or self.kinds & set(program(s).kinds))
-        yield from _by_turns([self._of(seed) for seed in fitting])
+        """Yield cases that may kill it, by turns of all the programs that fit."""
+        yield from _by_turns([self._of(seed) for seed in range(2 * FAMILY) if self._fits(program(seed))])
+
+    def _fits(self, one: Program) -> bool:
+        return (not self.kinds or bool(self.kinds & set(one.kinds))) and one.rival >= self.rival
 
     def _of(self, seed: int) -> Iterator[Case]:
         for case in self._injected(seed):
@@ -204,11 +207,12 @@ def mutant(
     mode: str | None = None,
     fault: tuple[str, str] | None = None,
     kinds: tuple[str, ...] = (),
-    first: Case | None = None,
+    rival: bool = False,
 ) -> Mutant:
     """Spell a mutant briefly."""
-    assert breaks and set(breaks) <= NAMES
-    return Mutant(name, patch, frozenset(breaks), mode, fault, frozenset(kinds), first)
+    assert breaks
+    assert set(breaks) <= NAMES
+    return Mutant(name, patch, frozenset(breaks), mode, fault, frozenset(kinds), rival)
 
 
 MUTANTS: Final = (
@@ -233,7 +237,9 @@ MUTANTS: Final = (
     ),
     mutant(
         "abandon threads",
-        all_of(abandon_threads, code(Tables, "claim", ("if not self.may_claim(group_id, epoch):", "if False:"))),
+        all_of(
+            abandon_threads, code(Tables, "claim", ("if not self.may_claim(group_id, epoch):", "if False:"))
+        ),
         "no-row-running",
         "no-needless-rescue",
         "everything-done",
@@ -468,5 +474,6 @@ MUTANTS: Final = (
         code(Tables, "fenced", (" or lease.group_id != group_id or lease.claim_no != claim_no", "")),
         "done-iff-returned",
         mode="retire",
+        rival=True,
     ),
 )
