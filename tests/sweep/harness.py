@@ -42,7 +42,7 @@ def _run(case: Case, own: random.Random) -> Record:
     try:
         trio.run(world.main, clock=clock, instruments=[conductor])
     except KeyboardInterrupt as exc:  # it came when everything was over
-        world.record.error = world.record.error or exc
+        world.record.failed_with(exc)
     except BaseException as exc:
         if isinstance(exc.__cause__, BrokenOffError):
             raise BrokenOffError(world.record.stuck) from None

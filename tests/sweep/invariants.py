@@ -245,6 +245,8 @@ def _everything_done(record: Record) -> Iterator[str]:
             continue
         kind = JOBS.decode_payload(body.row.payload, body.row.encoding)
         allowed = {ENDS.get(kind, "done")} | ({"cancelled"} if job_id in record.cancels else set())
+        if any(run.cut for run in record.journal.runs if run.job_id == job_id):
+            allowed.add("done")  # a scope of its own, cancelled, is its business; it went on and returned
         if status not in allowed:
             yield f"job {job_id} ({kind}) is {status}"
 

@@ -104,6 +104,12 @@ class Record:
     error: BaseException | None = None
     stuck: str | None = None
 
+    def failed_with(self, exc: BaseException) -> None:
+        """Note what was raised beside, or after, what we know already."""
+        self.error = (
+            exc if self.error is None else BaseExceptionGroup("all that was raised", [self.error, exc])
+        )
+
     @property
     def program(self) -> Program:
         return program(self.case.seed)

@@ -48,6 +48,7 @@ def test_a_family_of_seeds_has_every_kind_of_job_and_neighbour() -> None:
     [
         Case("sigint", 4, 34, None, Fault(2, "refused")),  # interrupted on entry, and the first close refused
         Case("retire", 5, 255, None, Fault(3, "lost_before")),
+        Case("sigint", 2, 13, None, Fault(1, "lost_after")),  # Ctrl-C beside a registration without a reply
     ],
     ids=lambda case: case.command,
 )

@@ -169,7 +169,7 @@ class World:
             try:
                 await self.others_ended.wait()
             except KeyboardInterrupt as exc:  # it came when we were leaving already
-                self.record.error = self.record.error or exc
+                self.record.failed_with(exc)
 
     async def _others(self) -> None:
         """Not below the main task: a Ctrl-C there is none of their business."""
