@@ -20,7 +20,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -31,6 +31,7 @@ import trio
 from ._errors import DatabaseError, TriojobsError
 from ._logs import Log
 from ._sql import failures
+from ._sql.exchange import Ready
 from ._sql.failures import Remedy, remedy, translate
 from ._sql.hosts import Hosts
 
@@ -105,8 +106,11 @@ class Call:
         deadline: float,
         timeout: float,
         latest: float = float("inf"),
+        *,
+        on_loop: bool = False,
     ) -> None:
         self.conn = conn
+        self.on_loop = on_loop
         self.deadline = deadline
         self.timeout = timeout
         self.latest = latest
@@ -173,6 +177,11 @@ class Call:
         """Forget what a failed attempt asked for."""
         self._on_commit.clear()
         self._afterwards.clear()
+
+    def has_answer(self) -> bool:
+        """Whether an answer waits for a loop that is busy with something else: the server is not to blame."""
+        with self.lock:
+            return self.on_loop and not self.done and _readable(self.conn.fileno())
 
     def cancel_on_server(self) -> None:
         """Ask the server to cancel the statement; runs in a thread of its own."""
@@ -259,6 +268,9 @@ class Breaker:
                 self._changed.wait(wait)
 
     def _break(self, call: Call, now: float) -> None:
+        if call.has_answer():
+            call.deadline = now + CANCEL_WAIT
+            return
         if call.breaking:
             call.deadline = float("inf")
             call.shut_down()
@@ -282,6 +294,19 @@ def _readable(fd: int) -> bool:
 def _usable(seconds: float) -> float:
     """Return when to start breaking off what must have ended after `seconds`."""
     return max(seconds - CANCEL_WAIT, seconds / 2, 0.0)
+
+
+async def _drive(generator: Generator[Ready, None, T], fd: int) -> T:
+    while True:
+        try:
+            ready = next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if ready is Ready.READABLE:
+            await trio.lowlevel.wait_readable(fd)
+        else:
+            await trio.lowlevel.wait_writable(fd)
 
 
 class Line:
@@ -356,6 +381,49 @@ class Line:
                 raise translate(exc, operation=operation) from exc
 
         return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
+
+    async def exchange(
+        self, operation: str, start: Callable[[psycopg.Connection[Any]], Generator[Ready, None, T] | None]
+    ) -> T | None:
+        """Run a generator of `_sql.exchange` on the loop, without a thread; bounded like every call.
+
+        A thread costs two switches, more than the statement itself: worth it for what is long or rare.
+        Nothing here blocks: the connection is at hand, and the generator says when it must wait.
+
+        Returns None, and has done nothing, when there is no idle connection, or `start` returns None.
+
+        Cancellation: shielded; the breaker ends it.
+        """
+        if self._pooled or not self._idle:
+            return None
+        self.check_owner(operation)
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(place := object())
+        except trio.WouldBlock:
+            return None
+        conn = self._take_idle()
+        try:
+            generator = None if conn is None else start(conn)
+            if conn is None or generator is None:
+                return None
+            call = Call(conn, clock() + self._call_timeout, self._call_timeout, on_loop=True)
+            try:
+                with trio.CancelScope(shield=True), self._breaker.watch(call):
+                    result = await _drive(generator, conn.fileno())
+                return result
+            except psycopg.Error as exc:
+                raise translate(exc, operation=operation) from exc
+            finally:
+                # The cancel that was sent is still on its way, or the exchange was left in the middle.
+                if call.breaking or conn.pgconn.pipeline_status:
+                    conn.close()
+        finally:
+            if conn is not None:
+                if self._reusable(conn):
+                    self._idle.append(conn)
+                else:
+                    conn.close()
+            self._limiter.release_on_behalf_of(place)
 
     async def take_out(
         self, operation: str, fn: Callable[[psycopg.Connection[Any]], None]
