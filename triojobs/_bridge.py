@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import outcome
 import psycopg
@@ -30,9 +31,9 @@ import trio
 
 from ._errors import DatabaseError, TriojobsError
 from ._logs import Log
-from ._sql import failures
+from ._sql.connecting import connect_in_time
 from ._sql.exchange import Ready
-from ._sql.failures import Remedy, remedy, translate
+from ._sql.failures import READ_ONLY, Remedy, remedy, translate
 from ._sql.hosts import Hosts
 
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
@@ -40,9 +41,6 @@ __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop",
 T = TypeVar("T")
 log = Log("triojobs.bridge")
 
-CONNECT_LEAST: Final = (
-    1.0  # seconds to a deadline that are worth a connect; libpq may take two, so one too many
-)
 CANCEL_WAIT: Final = 1.0  # seconds that the server gets to obey a cancel before the socket is shut
 RETRIES: Final = 5  # repetitions after a deadlock, a serialization failure or a lock timeout
 RESTORE_TIME: Final = 1.0  # seconds for a statement of 60 µs
@@ -97,7 +95,8 @@ class Call:
     """One blocking call in flight, as the breaker sees it.
 
     `guarded` is False while the user's own work runs: only a cancel of the job breaks that. `unwanted`
-    remembers a cancel that came while it was guarded. No extension goes beyond `latest`.
+    remembers a cancel that came while it was guarded. At `end` its socket is shut; no extension of the
+    deadline, at which the server is asked to cancel, goes beyond `latest`, which is before.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Call:
         conn: psycopg.Connection[Any],
         deadline: float,
         timeout: float,
-        latest: float = float("inf"),
+        end: float = float("inf"),
         *,
         on_loop: bool = False,
     ) -> None:
@@ -113,7 +112,7 @@ class Call:
         self.on_loop = on_loop
         self.deadline = deadline
         self.timeout = timeout
-        self.latest = latest
+        self.end = self.latest = float("inf")
         self.guarded = True
         self.unwanted = False
         self.breaking = False
@@ -122,6 +121,17 @@ class Call:
         self.lock = threading.Lock()
         self._on_commit: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[psycopg.Connection[Any]], None]] = []
+        self.hurry(end)
+
+    def hurry(self, end: float) -> None:
+        """Have it end by `end`, whatever the server does."""
+        now = clock()
+        self.end = min(self.end, end)
+        self.latest = min(self.latest, now + _usable(end - now))
+        if self.breaking:
+            self.deadline = min(self.deadline, self.end)
+        elif self.guarded:
+            self.deadline = min(self.deadline, self.latest)
 
     def extend(self) -> None:
         """Give the next statement of a long call a deadline of its own."""
@@ -209,12 +219,14 @@ class Breaker:
         self._wakes_at = float("inf")
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.end = float("inf")  # of every call, see hurry
 
     @contextlib.contextmanager
     def watch(self, call: Call) -> Iterator[None]:
         """Watch `call` while the block runs."""
         with self._changed:
             self._calls.add(call)
+            call.hurry(self.end)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="triojobs-breaker", daemon=True)
                 self._thread.start()
@@ -238,13 +250,11 @@ class Breaker:
                 self._changed.notify()
 
     def hurry(self, deadline: float) -> None:
-        """Have calls in flight end by `deadline`."""
+        """Have calls end by `deadline`: those in flight, and those that begin before it is changed again."""
         with self._changed:
-            now = clock()
+            self.end = deadline
             for call in self._calls:
-                call.latest = min(call.latest, now + _usable(deadline - now))
-                if call.guarded and not call.breaking:
-                    call.deadline = min(call.deadline, call.latest)
+                call.hurry(deadline)
             self._changed.notify()
 
     def close(self) -> None:
@@ -276,7 +286,7 @@ class Breaker:
             call.shut_down()
             return
         call.breaking = True
-        call.deadline = now + CANCEL_WAIT
+        call.deadline = min(now + CANCEL_WAIT, call.end)
         if call.unwanted:
             log.debug("the work of a cancelled job is broken off", extra={"event": "work_broken_off"})
         else:
@@ -348,6 +358,7 @@ class Line:
         self._begin = begin
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
+        self._eras: WeakKeyDictionary[psycopg.Connection[Any], int] = WeakKeyDictionary()  # see Hosts
         self._closed = False
         self._pid = os.getpid()
 
@@ -499,19 +510,16 @@ class Line:
         reached(operation, "enter")
         self.check_owner(operation)
         now = clock()
-        left = float("inf") if deadline is None else deadline - now
-        latest = now + _usable(left)
-        limit = min(now + self._call_timeout, latest)
-        conn = self._take_idle() if left > 0 else None
-        if conn is None:
-            if left < CONNECT_LEAST:
-                raise DatabaseError("there is no time left", operation=operation, transient=True)
-            conn = self._open(operation, limit)
+        end = min(float("inf") if deadline is None else deadline, self._breaker.end)
+        if end <= now:
+            raise DatabaseError("there is no time left", operation=operation, transient=True)
+        limit = min(now + self._call_timeout, now + _usable(end - now))
+        conn = self._take_idle() or self._open(operation, limit, end)
         reached(operation, "connected")
         if self._pooled and not own_transaction:
             fn = partial(self._in_transaction, fn=fn)
         try:
-            return self._attempts(operation, fn, conn, limit, latest, retries)
+            return self._attempts(operation, fn, conn, limit, end, retries)
         finally:
             if self._reusable(conn):
                 self._idle.append(conn)
@@ -547,11 +555,11 @@ class Line:
         fn: Callable[[Call], T],
         conn: psycopg.Connection[Any],
         limit: float,
-        latest: float,
+        end: float,
         retries: int,
     ) -> T:
         for attempt in range(retries + 1):
-            call = Call(conn, limit, self._call_timeout, latest)
+            call = Call(conn, limit, self._call_timeout, end)
             try:
                 with self._breaker.watch(call):
                     result = fn(call)
@@ -563,6 +571,8 @@ class Line:
                 what_helps = remedy(exc)
                 if what_helps is Remedy.RECONNECT:
                     conn.close()
+                if exc.sqlstate == READ_ONLY:
+                    self._hosts.demoted()
                 pause = random.uniform(0.01, 0.1)
                 again = what_helps is Remedy.RETRY and attempt < retries and not call.breaking
                 if again and clock() + pause < limit:
@@ -604,15 +614,15 @@ class Line:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
-            if not conn.closed and not _readable(conn.fileno()):
+            if not conn.closed and self._eras[conn] == self._hosts.era and not _readable(conn.fileno()):
                 return conn
             conn.close()
         return None
 
-    def _open(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+    def _open(self, operation: str, limit: float, end: float) -> psycopg.Connection[Any]:
         conn = self._connect(operation, limit)
         try:
-            with self._breaker.watch(Call(conn, limit, self._call_timeout)):
+            with self._breaker.watch(Call(conn, limit, self._call_timeout, end)):
                 self._prepare(conn)
         except BaseException as exc:
             conn.close()
@@ -624,18 +634,17 @@ class Line:
         return conn
 
     def _connect(self, operation: str, limit: float) -> psycopg.Connection[Any]:
-        """Open an autocommit connection pinned to READ COMMITTED, by about `limit`."""
-        overrides, defaults = self._hosts.choose(limit - clock())
-        conn = failures.connect(
+        """Open an autocommit connection pinned to READ COMMITTED, by `limit` or when all must end."""
+        era = self._hosts.era
+        conn = connect_in_time(
             self._conninfo,
+            self._hosts,
+            lambda: min(limit, self._breaker.end) - clock(),
             operation=operation,
-            application_name=f"triojobs {self.role}",
-            prepare_threshold=None if self._pooled else PREPARE_THRESHOLD,
-            overrides=overrides,
-            **defaults,
-            **KEEPALIVE,
+            defaults={"application_name": f"triojobs {self.role}", **KEEPALIVE},
         )
-        self._hosts.answered(conn)
+        self._eras[conn] = era
+        conn.prepare_threshold = None if self._pooled else PREPARE_THRESHOLD
         conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return conn
 

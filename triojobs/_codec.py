@@ -122,6 +122,8 @@ class JsonCodec:
 
     def convert(self, plain: Any, type: Any) -> Any:
         """Return plain values as `type`, strictly."""
+        if type is Any:
+            return plain
         return msgspec.convert(plain, type, strict=True, str_keys=True)
 
 
@@ -183,8 +185,9 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
             raise TypeError(f"{codec.name}.encode returned {data.__class__.__name__}, not bytes")
         if len(data) <= limit:
             typed = codec.decode(data, type)
-            # Plain values come back as they are: there is no type that could lose a field of them.
-            lost = None if type is Any and codec.__class__ in OURS else _lost(data, typed, codec)
+            # Plain values have no type that could drop anything, nor have flat records.
+            whole = codec.__class__ in OURS and (type is Any or (value.__class__ is type and _is_flat(type)))
+            lost = None if whole else _lost(data, typed, codec)
     except Exception as exc:
         raise EncodeError(
             field, value, f"a value of {_name(type)} that {codec.name} can encode ({cut(exc)})"
@@ -304,6 +307,26 @@ def _is_record(type: Any) -> bool:
         or hasattr(type, "__attrs_attrs__")
         or (issubclass(type, tuple) and hasattr(type, "_fields"))
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_flat(type: Any) -> bool:
+    """Whether a record of exactly this class holds scalars only, none of which can bring a subclass's fields."""
+    try:
+        fields = msgspec.inspect.type_info(type).fields  # type: ignore[attr-defined]
+    except Exception:  # no record, or one that msgspec does not know
+        return False
+    return all(isinstance(field.type, SCALARS) for field in fields)
+
+
+SCALARS: Final = (
+    msgspec.inspect.BoolType,
+    msgspec.inspect.BytesType,
+    msgspec.inspect.FloatType,
+    msgspec.inspect.IntType,
+    msgspec.inspect.NoneType,
+    msgspec.inspect.StrType,
+)
 
 
 def _name(type: Any) -> str:

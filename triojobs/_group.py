@@ -90,7 +90,7 @@ class WorkerGroup:
         self.client: Client = Client(store, self._flusher)
         self._registrations: list[LiveRegistration] = []
         self._slots: dict[LiveRegistration, dict[str, Slots]] = {}
-        self._busy_ids: Counter[int] = Counter()
+        self._busy_ids: set[int] = set()
         self._abandoned: list[int] = []
         self._unknown_claims = 0
         self._stopping_since = math.inf
@@ -276,17 +276,17 @@ class WorkerGroup:
 
     async def _stop_gracefully(self, live: LiveRegistration) -> None:
         live.fetch_scope.cancel(reason="the worker group stops")
-        await live.fetching.wait_value(False)
-        for slots in self._slots[live].values():
-            slots.withdraw()
         with trio.move_on_after(self._options.grace_period) as grace:
-            await live.running.wait_value(0)
-        if grace.cancelled_caught:
+            await live.fetching.wait_value(False)
+            for slots in self._slots[live].values():
+                slots.withdraw()
+            await live.wait_no_handler()
+        if grace.cancelled_caught and live.running:
             log.warning(
                 "%d handler(s) did not end within grace_period (%g s) and are cancelled",
-                live.running.value,
+                live.running,
                 self._options.grace_period,
-                extra={"event": "grace_over", "running": live.running.value},
+                extra={"event": "grace_over", "running": live.running},
             )
 
     async def _renew(self, old: LiveRegistration) -> bool:
@@ -336,6 +336,7 @@ class WorkerGroup:
                     await self._close(live, deadline)
             await self._flusher.ended.wait()
         finally:
+            self._store.hurry(math.inf)  # the body may go on, and use the client
             for live in self._registrations:
                 self._store.release_lease(live.group_id)
                 live.service_scope.cancel()

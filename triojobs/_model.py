@@ -139,10 +139,10 @@ class Claim:
         return (self.group_id, self.claim_no)
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What to write about one claim. Handler → ledger → settler → store.
 
+    A tuple, as `Settled`: there is one of each for each job, and a frozen dataclass takes four times as long.
     `delay`: seconds until the next run, for failed and snoozed.
     """
 
@@ -155,8 +155,7 @@ class Settlement:
     delay: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """What was written about one claim: a cancel asked for meanwhile may have changed the outcome."""
 
     job_id: int

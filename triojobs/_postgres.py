@@ -35,7 +35,7 @@ from ._sql.session import (
     refuse_undeclared_pooler,
     restore_job_session,
 )
-from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
+from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents, nothing
 
 __all__ = ["PostgresStore", "cancel_job", "enqueue_in_transaction"]
 
@@ -229,8 +229,19 @@ class PostgresStore:
 
         await self._listen_line.run_on(conn, "probing the listener", work)
 
-    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
+    async def claim(
+        self,
+        order: ClaimOrder,
+        book: Callable[[Sequence[Claim]], None],
+        *,
+        under_way: Callable[[], None] = nothing,
+    ) -> ClaimReply:
+        token = trio.lowlevel.current_trio_token()
+
         def work(call: Call) -> ClaimReply:
+            # The loop gets to it when this thread waits for the server: before, it would take the
+            # interpreter's lock for milliseconds.
+            token.run_sync_soon(under_way)
             promoted: Mapping[str, int] = {}
             due: float | None = None
             if order.promote:

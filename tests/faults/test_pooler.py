@@ -36,7 +36,7 @@ async def test_row_20_notifications_get_lost_or_cannot_be_heard(
 ) -> None:
     """On a link that drops them, and behind a pooler, where LISTEN hears nothing."""
     journal = Journal()
-    options = SHORT | {"poll_interval": 0.4, "listening_poll_interval": 0.8}
+    options = SHORT | {"poll_interval": 60.0, "listening_poll_interval": 0.8}
     with fault_proxy(conninfo) as (proxy, through):
         async with triojobs.open_worker_group(through, [journal.worker()], **options) as group:
             await until(conninfo, "SELECT count(*) FROM triojobs.waiting")
@@ -45,6 +45,7 @@ async def test_row_20_notifications_get_lost_or_cannot_be_heard(
     figures.note("started by the poll beside LISTEN", max(latencies),
                  at_most=options["listening_poll_interval"] + options["call_timeout"])  # fmt: skip
     assert max(latencies) > 0.05  # they were lost indeed: a notification takes a millisecond
+    options |= {"poll_interval": 0.4, "listening_poll_interval": 60.0}
     async with triojobs.open_worker_group(
         bouncer.conninfo, [journal.worker()], pooled=True, **options
     ) as group:

@@ -222,7 +222,9 @@ async def test_a_thread_that_waits_for_its_turn_finds_the_client_closed(
     assert isinstance(ends["first"], int)
     assert all(isinstance(end, int | trio.ClosedResourceError) for end in ends.values())
     assert len(ends) == 3
-    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == sum(isinstance(end, int) for end in ends.values())
+    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == sum(
+        isinstance(end, int) for end in ends.values()
+    )
     with pytest.raises(trio.ClosedResourceError):
         await in_thread(client._store.enqueue, [])
     await until(conninfo, f"SELECT ({CONNECTIONS}) = 0", seconds=PATIENCE)  # type: ignore[arg-type]

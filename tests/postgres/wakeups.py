@@ -128,10 +128,12 @@ class WatchedStore(PostgresStore):
         with trio.CancelScope(shield=True):
             await self._gates[stage].pass_through()
 
-    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
+    async def claim(
+        self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None], **options: Any
+    ) -> ClaimReply:
         number = self.calls.count("claim") + 1
         with self._call("claim"):
-            reply = await super().claim(order, book)
+            reply = await super().claim(order, book, **options)
             if order.promote:
                 self.next_due_in = reply.next_due_in
             if self.may_listen.is_set() and number <= 2:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from triojobs._codec import CborCodec, JsonCodec
+from triojobs._codec import CborCodec, EncodeError, JsonCodec
 from triojobs._errors import OptionError
 from triojobs._model import NewRow
 from triojobs._queue import NewJob, Queue, Worker, new_row
@@ -286,3 +286,32 @@ def test_a_workers_options_have_ranges(field: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
         Worker(queue, handle, **{field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("codec", [CborCodec(), JsonCodec()], ids=["cbor", "json"])
+def test_a_result_of_none_is_encoded_like_any_other(codec: CborCodec | JsonCodec) -> None:
+    queue = Queue("q", codec=codec)
+    assert queue.encode_result(None) == codec.encode(None)
+    assert queue.decode_result(queue.encode_result(None), codec.name) is None
+
+
+def test_a_result_of_none_is_refused_where_it_is_none() -> None:
+    with pytest.raises(EncodeError, match="result"):
+        Queue("q", int, result=int).encode_result(None)
+    with pytest.raises(EncodeError, match="at most 3 bytes"):
+        Queue("q", codec=JsonCodec(), result_limit=3).encode_result(None)
+
+
+def test_a_users_codec_encodes_each_result_of_none() -> None:
+    class Counting(CborCodec):
+        calls = 0
+
+        def encode(self, value: Any) -> bytes:
+            self.calls += 1
+            return super().encode(value)
+
+    codec = Counting()
+    queue = Queue("q", codec=codec)
+    before = codec.calls
+    queue.encode_result(None)
+    assert codec.calls > before

@@ -90,6 +90,7 @@ class Record:
     calls: list[str] = field(default_factory=list)
     failed_call: str | None = None
     shots: int = 0
+    raised_boom: bool = False
     injections: list[tuple[str, float]] = field(default_factory=list)
     cancels: dict[int, float] = field(default_factory=dict)
     replaced: set[int] = field(default_factory=set)
