@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import test_wakeup_orders as orders
+from wakeups import SOURCES, wakes_the_sleeper
 
 from tests.tools.mutants import Mutant, code, noticed
 from triojobs import _outbox, _postgres
@@ -18,6 +19,10 @@ ENQUEUED = orders.test_a_job_that_is_enqueued_at_any_stage_is_claimed
 def order(source: str, first: str, second: str) -> dict[str, Any]:
     """The producer's halves happen at these stages of the sleeper."""
     return {"source": source, "first": first, "second": second}
+
+
+async def a_wake_up_that_was_heard_is_not_the_last(conninfo: str) -> None:
+    assert await wakes_the_sleeper(conninfo, SOURCES["enqueue"], "asleep", "asleep", hear_first=True)
 
 
 INSERT = "answers = enqueue_in_transaction(call, self.schema, rows, check_cancelled)\n"
@@ -49,8 +54,8 @@ MUTANTS: dict[str, Mutant] = {
             ),
             (AFTERWARDS, "pass"),
         ),
-        ENQUEUED,
-        order("enqueue", "before the sleep", "asleep"),
+        a_wake_up_that_was_heard_is_not_the_last,
+        {},
     ),
     "a shared commit notifies nobody": (
         code(
