@@ -9,7 +9,7 @@ import test_wakeup_orders as orders
 from wakeups import SOURCES, wakes_the_sleeper
 
 from tests.tools.mutants import Mutant, code, noticed
-from triojobs import _outbox, _postgres
+from triojobs import _outbox
 from triojobs._fetcher import Fetcher
 from triojobs._postgres import PostgresStore
 
@@ -93,20 +93,7 @@ MUTANTS: dict[str, Mutant] = {
         orders.test_the_mark_goes_with_its_group,
         {},
     ),
-    "the listener registers after the last look": (
-        code(
-            _postgres,
-            "listen",
-            ("conn = await connect(begin)", "conn = await connect(lambda conn: None)"),
-            (
-                "await _receive(",
-                "await events._store.asleep()\n                begin(conn)\n                await _receive(",
-            ),
-        ),
-        ENQUEUED,
-        order("enqueue", "before the sleep", "before the sleep"),
-    ),
-    "nobody looks again after a reconnect": (
+    "the last look is older than the registration of the listener": (
         code(
             Fetcher,
             "listening",
