@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -16,10 +15,10 @@ from typing import NoReturn
 
 from . import gate
 from .campaign import Tally, parts, sweep
-from .harness import run
+from .harness import collect_rarely, run
 from .injections import MODES
 from .invariants import violations
-from .mutants import LIMIT, MUTANTS, kill
+from .mutants import LIMIT, MUTANTS, survives
 from .program import FAMILY
 from .record import Case, Fault, Record
 from .world import FAULTS
@@ -130,17 +129,6 @@ def everything(seeds: int) -> int:
     }
     print(json.dumps(answer))
     return bool(wrong or survivors or gate_violations)
-
-
-def collect_rarely() -> None:
-    """In a process that runs thousands of small programs, looking for cycles takes a sixth of the time."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-def survives(n: int) -> bool:
-    """Return whether the n-th mutant does, for another process."""
-    return kill(MUTANTS[n]) is None
 
 
 # One, or one mode.

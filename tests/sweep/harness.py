@@ -73,3 +73,9 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def collect_rarely() -> None:
+    """In a process that runs thousands of small programs, looking for cycles takes a sixth of the time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -477,3 +477,8 @@ MUTANTS: Final = (
         rival=True,
     ),
 )
+
+
+def survives(n: int) -> bool:
+    """Return whether the n-th mutant does, for another process."""
+    return kill(MUTANTS[n]) is None
