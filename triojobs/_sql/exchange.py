@@ -125,6 +125,8 @@ class Statement:
             if result is None or (yield from _result(self._conn)) is not None:
                 raise psycopg.OperationalError("the connection was lost")
             results.append(result)
+            if result.status == ExecStatus.COMMAND_OK:  # prepared, also when the execution is refused
+                self._known.add(self._name)
         return results
 
     def check(self, results: Sequence[PGresult]) -> None:
@@ -132,7 +134,6 @@ class Statement:
         for result in results:
             if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
                 raise error_from_result(result, encoding="utf-8")
-        self._known.add(self._name)
 
 
 def _synchronized(conn: psycopg.Connection[Any]) -> Generator[Ready, None, None]:
