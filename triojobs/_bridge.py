@@ -306,6 +306,19 @@ def _usable(seconds: float) -> float:
     return max(seconds - CANCEL_WAIT, seconds / 2, 0.0)
 
 
+def drive_here(generator: Generator[Ready, None, T], fd: int) -> T:
+    """Run a generator of `_sql.exchange` in this thread."""
+    poll = select.poll()
+    while True:
+        try:
+            ready = next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        poll.register(fd, select.POLLIN if ready is Ready.READABLE else select.POLLOUT)
+        poll.poll()
+
+
 async def _drive(generator: Generator[Ready, None, T], fd: int) -> T:
     while True:
         try:
@@ -425,8 +438,7 @@ class Line:
             except psycopg.Error as exc:
                 raise translate(exc, operation=operation) from exc
             finally:
-                # The cancel that was sent is still on its way, or the exchange was left in the middle.
-                if call.breaking or conn.pgconn.pipeline_status:
+                if call.breaking:  # the cancel that was sent is still on its way
                     conn.close()
         finally:
             if conn is not None:
@@ -591,7 +603,8 @@ class Line:
 
     def _reusable(self, conn: psycopg.Connection[Any]) -> bool:
         """Whether the next call may have this connection; restores it for that."""
-        if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+        at_rest = conn.pgconn.transaction_status == IDLE and not conn.pgconn.pipeline_status
+        if self._closed or conn.closed or conn.broken or not at_rest:
             return False
         if self._restore is None or self._pooled:
             return True

@@ -16,6 +16,7 @@ from bench.enqueue import somebody_waits
 from bench.server import Database
 from tests.tools.gates import PATIENCE
 from tests.tools.looking import rows, until, value
+from triojobs import _sync_store
 from triojobs._bridge import Line
 
 
@@ -106,4 +107,20 @@ async def test_a_connection_that_is_lost_leaves_the_fate_unknown_and_the_next_ca
         assert isinstance(lost, triojobs.DatabaseError)
         assert (lost.committed, lost.transient) == (None, True)
         await client.enqueue(plain, 3)
+    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == 2
+
+
+def test_a_client_without_trio_goes_the_same_way(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(conninfo, "ALTER TABLE triojobs.ready ADD CONSTRAINT no_seven CHECK (priority <> 7)")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("not in one round trip")
+
+    monkeypatch.setattr(_sync_store, "enqueue_in_transaction", refuse)
+    with triojobs.SyncClient(conninfo) as client:
+        first = client.enqueue(plain, 1)
+        with pytest.raises(triojobs.DatabaseError, match="no_seven") as caught:
+            client.enqueue(plain, 2, priority=7)
+        assert caught.value.committed is False
+        assert client.enqueue(plain, 3) > first
     assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == 2
