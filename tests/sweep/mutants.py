@@ -186,7 +186,7 @@ CHECKPOINT_AFTER_CLAIM = code(
     "_round",
     (
         "reply = await self._claim(wants, sent)",
-        "reply = await self._claim(wants, sent)\n    await trio.lowlevel.checkpoint()",
+        "reply = await self._claim(wants, sent)\n        await trio.lowlevel.checkpoint()",
     ),
 )
 # Without the sweep of all rows under the group's id, as if the ledger alone were enough.
@@ -223,9 +223,9 @@ MUTANTS: Final = (
                 Fetcher,
                 "_claim",
                 (
-                    "reply = await self._store.claim(order, self._live.book)",
+                    "reply = await self._store.claim(order, self._live.book, under_way=self._wake_slots)",
                     "rows = []\n"
-                    "        reply = await self._store.claim(order, rows.extend)\n"
+                    "        reply = await self._store.claim(order, rows.extend, under_way=self._wake_slots)\n"
                     "        await trio.lowlevel.checkpoint()\n"
                     "        self._live.book(rows)",
                 ),

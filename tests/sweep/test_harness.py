@@ -12,7 +12,7 @@ from .campaign import failures
 from .record import Case
 from .world import World
 
-CASE = Case("stop", 0, 200)
+CASE = Case("stop", 0, 60)
 
 
 async def sleep_for_ever() -> None:
