@@ -6,17 +6,20 @@ Each row says its encoding, so a queue may change its codec while old jobs wait.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import decimal
 import functools
 import io
+import typing
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol, runtime_checkable
 
 import cbor2
 import msgspec
+import msgspec.inspect
 
 from ._errors import CodecError, OptionError, cut
 
@@ -26,6 +29,7 @@ __all__ = [
     "EncodeError",
     "JsonCodec",
     "PydanticCodec",
+    "check_type",
     "decode",
     "decode_plain",
     "encode",
@@ -125,6 +129,7 @@ class JsonCodec:
 
 CBOR: Final = CborCodec()
 JSON: Final = JsonCodec()
+OURS: Final = (CborCodec, JsonCodec)  # not what a user has derived from them
 BY_NAME: Final[Mapping[str, CborCodec | JsonCodec]] = {"cbor": CBOR, "json": JSON}
 
 
@@ -181,7 +186,7 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
         if len(data) <= limit:
             typed = codec.decode(data, type)
             # Plain values have no type that could drop anything, nor have flat records.
-            whole = codec in (CBOR, JSON) and (type is Any or (value.__class__ is type and _is_flat(type)))
+            whole = codec.__class__ in OURS and (type is Any or (value.__class__ is type and _is_flat(type)))
             lost = None if whole else _lost(data, typed, codec)
     except Exception as exc:
         raise EncodeError(
@@ -238,6 +243,60 @@ def decode_plain(data: bytes | None, encoding: str | None) -> Any:
     if data is None or encoding is None or encoding not in BY_NAME:
         return data
     return BY_NAME[encoding].plain(data)
+
+
+def check_type(field: str, type: Any, codec: Codec) -> None:
+    """Raise OptionError for a type that no value could ever be sent as. Knows our own two codecs only.
+
+    A name that is not defined yet is no error: a module may declare its queues above its classes.
+    """
+    if type is Any or codec.__class__ not in OURS:
+        return
+    try:
+        with contextlib.suppress(msgspec.ValidationError):
+            codec.decode(codec.encode(None), type)
+        unknown = _unknown_class(msgspec.inspect.type_info(type), set())
+    except NameError:
+        return
+    except Exception as exc:
+        raise OptionError(field, type, f"a type that msgspec can convert ({cut(exc)})") from exc
+    if unknown is not None:
+        limit = (
+            f"a type that msgspec can convert ({_name(unknown)} is none, and {codec.name} cannot carry it)"
+        )
+        raise OptionError(field, type, limit)
+
+
+PLAIN: Final[tuple[Any, ...]] = (
+    None,
+    True,
+    1,
+    1.0,
+    "",
+    b"",
+    [],
+    {},
+    dt.datetime.now(dt.UTC),
+    uuid.uuid4(),
+    decimal.Decimal(),
+)
+
+
+def _unknown_class(node: Any, seen: set[int]) -> Any:
+    """Return a class in a tree of msgspec's descriptions that no plain value is an instance of, or None."""
+    if id(node) in seen:
+        return None
+    seen.add(id(node))
+    if isinstance(node, msgspec.inspect.CustomType):
+        cls = typing.get_origin(node.cls) or node.cls
+        return None if any(isinstance(value, cls) for value in PLAIN) else node.cls
+    if isinstance(node, msgspec.Struct):
+        parts: Iterable[Any] = msgspec.structs.astuple(node)
+    else:
+        parts = node if isinstance(node, tuple) else ()
+    return next(
+        (found for found in (_unknown_class(part, seen) for part in parts) if found is not None), None
+    )
 
 
 def _is_record(type: Any) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from ._backoff import Backoff
-from ._codec import CBOR, CborCodec, Codec, EncodeError, JsonCodec, decode, encode
+from ._codec import CBOR, CborCodec, Codec, EncodeError, JsonCodec, check_type, decode, encode
 from ._errors import OptionError, checked_seconds
 from ._model import KeyUntil, NewRow, OnConflict
 from ._options import (
@@ -50,7 +50,7 @@ class Queue(Generic[PayloadT, ResultT]):
         payload_limit, result_limit: most bytes when encoded (default 1 MiB).
 
     Raises:
-        OptionError: a name or limit is out of range.
+        OptionError: a name or limit is out of range, or no value could ever be sent as one of the types.
     """
 
     __slots__ = ("_nothing", "codec", "name", "payload", "payload_limit", "result", "result_limit")
@@ -113,6 +113,8 @@ class Queue(Generic[PayloadT, ResultT]):
             raise OptionError("codec", codec, "an object with name, encode(value) and decode(data, type)")
         checked_text("codec.name", codec.name, least=1, most=32)
         self.codec: Codec = codec
+        check_type("payload", payload, codec)
+        check_type("result", result, codec)
         # Far below PostgreSQL's gigabyte per value: a claim fetches many payloads at once.
         self.payload_limit: int = checked_count("payload_limit", payload_limit, most=256 * 1024 * 1024)
         self.result_limit: int = checked_count("result_limit", result_limit, most=256 * 1024 * 1024)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -187,6 +188,52 @@ def test_a_codecs_name_fits_into_its_column() -> None:
 
     with pytest.raises(OptionError, match=r"codec\.name"):
         Queue("q", codec=Long())
+
+
+class Plain:
+    """A class that msgspec knows nothing about."""
+
+
+@dataclass
+class Holder:
+    inner: list[Plain]
+
+
+@dataclass
+class Node:
+    """Describes itself, and another class."""
+
+    next: Node | None
+    other: Sequence[object]
+
+
+@dataclass
+class Early:
+    later: Later  # type: ignore[name-defined]  # noqa: F821 - as in a module that defines it below
+
+
+@pytest.mark.parametrize("field", ["payload", "result"])
+@pytest.mark.parametrize("codec", [CborCodec(), JsonCodec()])
+@pytest.mark.parametrize("declared", [Plain, Holder, dict[str, Plain], Node | Holder, complex, "int", 3])
+def test_a_type_that_no_value_can_be_sent_as_is_refused_where_it_is_declared(
+    field: str, codec: Any, declared: Any
+) -> None:
+    types = {"payload": int, "result": int, field: declared}
+    with pytest.raises(OptionError, match="a type that msgspec can convert") as caught:
+        Queue("q", types["payload"], result=types["result"], codec=codec)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("declared", [Node, Early, object, dict[str, object], Hashable, None, int | str, Any])
+def test_a_type_that_may_be_sent_is_not_refused(declared: Any) -> None:
+    assert Queue("q", declared, result=declared).payload is declared
+
+
+def test_the_types_of_another_codec_are_its_own_business() -> None:
+    class Pickier(CborCodec):
+        name = "pickier"
+
+    assert Queue("q", Plain, codec=Pickier()).payload is Plain
 
 
 def test_queues_and_workers_show_themselves() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "CHUNK",
     "SpecialRows",
     "chunks",
+    "due_alike",
     "enqueue",
     "enqueue_plain",
     "is_one_statement",
@@ -234,7 +235,7 @@ def enqueue_plain(
     conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow], *, notify_inside: bool
 ) -> list[int]:
     """Insert rows without key and job_id by one statement; return their ids."""
-    if not notify_inside and _due_alike(rows):
+    if not notify_inside and due_alike(rows):
         template, parameters = ENQUEUE_NOW, _options(rows[0])
     else:
         template, parameters = ENQUEUE_PLAIN, _columns(rows)
@@ -245,7 +246,7 @@ def enqueue_plain(
     return sorted(row[0] for row in found.fetchall())
 
 
-def _due_alike(rows: Sequence[NewRow]) -> bool:
+def due_alike(rows: Sequence[NewRow]) -> bool:
     """Tell whether the rows are due at once and differ in nothing but their payload."""
     options = OPTIONS(rows[0])
     return rows[0].delay is None and rows[0].run_at is None and all(OPTIONS(row) == options for row in rows)
