@@ -19,6 +19,7 @@ import pytest
 from psycopg import conninfo as conninfos
 from psycopg import sql
 
+from tests.tools.shots import hear_ctrl_c
 from triojobs._embedded_cluster import Cluster, running_cluster
 from triojobs._sql.schema import migrate
 
@@ -37,6 +38,10 @@ SETTINGS = {
 MEMORY = Path("/dev/shm")
 PATIENCE = 10.0  # seconds
 MEMORY_NEEDED = 2 * 1024**3  # bytes free; a container often has 64 MB there: then the disk it is
+
+
+def pytest_configure() -> None:
+    hear_ctrl_c()
 
 
 @pytest.fixture(autouse=True)

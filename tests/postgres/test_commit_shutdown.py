@@ -17,6 +17,7 @@ from tests.tools.commit_proxy import CommitProxy
 from tests.tools.committing import WORKS, Committer, one_job, sleep, the_report_equals_the_rows
 from tests.tools.looking import places, rows, until, value
 from tests.tools.running import NOTES, notes, outcomes, plain, retire_groups
+from tests.tools.shots import Shot
 from triojobs._bridge import Breaker
 
 
@@ -170,22 +171,6 @@ async def test_what_ends_the_program_may_come_out_of_work(conninfo: str, error: 
     else:
         assert outcomes(conninfo, job_id) == [(1, "failed")]
         assert group.report.settled["failed"] == 1
-
-
-class Shot(trio.abc.Instrument):
-    """SIGINT before step number `k`, counted from the beginning of the handler."""
-
-    def __init__(self, k: int) -> None:
-        self._left = k
-        self.armed = False
-        self.fired = False
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.armed and not self.fired:
-            self._left -= 1
-            if self._left < 0:
-                self.fired = True
-                signal.raise_signal(signal.SIGINT)
 
 
 def commit_under_fire(conninfo: str, k: int) -> tuple[bool, triojobs.WorkerGroup, Committer]:

@@ -13,6 +13,8 @@ from itertools import chain
 from multiprocessing import get_context
 from typing import NoReturn
 
+from tests.tools.shots import hear_ctrl_c
+
 from . import gate
 from .campaign import Tally, parts, sweep
 from .harness import collect_rarely, run
@@ -34,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
+    hear_ctrl_c()
     parser = Parser(prog="python -m tests.sweep", description=__doc__)
     parser.add_argument(
         "--json",

@@ -23,6 +23,7 @@ from typing import Final
 import psycopg
 
 import triojobs
+from tests.tools.shots import hear_ctrl_c
 
 from .gate_invariants import violations
 from .gate_program import KINDS, MODES, POINTS, Place, Program, jobs
@@ -141,6 +142,7 @@ def _part(number: int) -> tuple[int, list[str]]:
 
 
 def main() -> int:
+    hear_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m tests.sweep.gate", description=__doc__)
     parser.add_argument("--mode", choices=(*MODES, "none"))
     parser.add_argument("--operation")

@@ -17,7 +17,7 @@ import outcome
 import pytest
 import trio
 
-from tests.tools.mutants import Patch, code
+from tests.tools.mutants import Patch, all_of, code
 from triojobs import _group, _handling
 from triojobs._fetcher import Fetcher
 from triojobs._group import GroupContext, WorkerGroup
@@ -120,16 +120,6 @@ def kill(mutant: Mutant) -> Death | None:
 
 
 # Wrong variants that take more than a changed line.
-
-
-def all_of(*patches: Patch) -> Patch:
-    """Make several changes, which are one mistake together."""
-
-    def apply(patch: pytest.MonkeyPatch) -> None:
-        for each in patches:
-            each(patch)
-
-    return apply
 
 
 def abandon_threads(patch: pytest.MonkeyPatch) -> None:
