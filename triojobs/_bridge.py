@@ -20,7 +20,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ import trio
 from ._errors import DatabaseError, TriojobsError
 from ._logs import Log
 from ._sql.connecting import connect_in_time
+from ._sql.exchange import Ready
 from ._sql.failures import READ_ONLY, Remedy, remedy, translate
 from ._sql.hosts import Hosts
 
@@ -104,8 +105,11 @@ class Call:
         deadline: float,
         timeout: float,
         end: float = float("inf"),
+        *,
+        on_loop: bool = False,
     ) -> None:
         self.conn = conn
+        self.on_loop = on_loop
         self.deadline = deadline
         self.timeout = timeout
         self.end = self.latest = float("inf")
@@ -183,6 +187,11 @@ class Call:
         """Forget what a failed attempt asked for."""
         self._on_commit.clear()
         self._afterwards.clear()
+
+    def has_answer(self) -> bool:
+        """Whether an answer waits for a loop that is busy with something else: the server is not to blame."""
+        with self.lock:
+            return self.on_loop and not self.done and _readable(self.conn.fileno())
 
     def cancel_on_server(self) -> None:
         """Ask the server to cancel the statement; runs in a thread of its own."""
@@ -269,6 +278,9 @@ class Breaker:
                 self._changed.wait(wait)
 
     def _break(self, call: Call, now: float) -> None:
+        if call.has_answer():
+            call.deadline = now + CANCEL_WAIT
+            return
         if call.breaking:
             call.deadline = float("inf")
             call.shut_down()
@@ -292,6 +304,32 @@ def _readable(fd: int) -> bool:
 def _usable(seconds: float) -> float:
     """Return when to start breaking off what must have ended after `seconds`."""
     return max(seconds - CANCEL_WAIT, seconds / 2, 0.0)
+
+
+def drive_here(generator: Generator[Ready, None, T], fd: int) -> T:
+    """Run a generator of `_sql.exchange` in this thread."""
+    poll = select.poll()
+    while True:
+        try:
+            ready = next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        poll.register(fd, select.POLLIN if ready is Ready.READABLE else select.POLLOUT)
+        poll.poll()
+
+
+async def _drive(generator: Generator[Ready, None, T], fd: int) -> T:
+    while True:
+        try:
+            ready = next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if ready is Ready.READABLE:
+            await trio.lowlevel.wait_readable(fd)
+        else:
+            await trio.lowlevel.wait_writable(fd)
 
 
 class Line:
@@ -367,6 +405,48 @@ class Line:
                 raise translate(exc, operation=operation) from exc
 
         return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
+
+    async def exchange(
+        self, operation: str, start: Callable[[psycopg.Connection[Any]], Generator[Ready, None, T] | None]
+    ) -> T | None:
+        """Run a generator of `_sql.exchange` on the loop, without a thread; bounded like every call.
+
+        A thread costs two switches, more than the statement itself: worth it for what is long or rare.
+        Nothing here blocks: the connection is at hand, and the generator says when it must wait.
+
+        Returns None, and has done nothing, when there is no idle connection, or `start` returns None.
+
+        Cancellation: shielded; the breaker ends it.
+        """
+        if self._pooled or not self._idle:
+            return None
+        self.check_owner(operation)
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(place := object())
+        except trio.WouldBlock:
+            return None
+        conn = self._take_idle()
+        try:
+            generator = None if conn is None else start(conn)
+            if conn is None or generator is None:
+                return None
+            call = Call(conn, clock() + self._call_timeout, self._call_timeout, on_loop=True)
+            try:
+                with trio.CancelScope(shield=True), self._breaker.watch(call):
+                    result = await _drive(generator, conn.fileno())
+                return result
+            except psycopg.Error as exc:
+                raise translate(exc, operation=operation) from exc
+            finally:
+                if call.breaking:  # the cancel that was sent is still on its way
+                    conn.close()
+        finally:
+            if conn is not None:
+                if self._reusable(conn):
+                    self._idle.append(conn)
+                else:
+                    conn.close()
+            self._limiter.release_on_behalf_of(place)
 
     async def take_out(
         self, operation: str, fn: Callable[[psycopg.Connection[Any]], None]
@@ -523,7 +603,8 @@ class Line:
 
     def _reusable(self, conn: psycopg.Connection[Any]) -> bool:
         """Whether the next call may have this connection; restores it for that."""
-        if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+        at_rest = conn.pgconn.transaction_status == IDLE and not conn.pgconn.pipeline_status
+        if self._closed or conn.closed or conn.broken or not at_rest:
             return False
         if self._restore is None or self._pooled:
             return True

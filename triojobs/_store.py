@@ -103,6 +103,10 @@ class CommitPort(Protocol):
     def committed(self) -> None: ...
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class Store(Protocol):
     """The database, as worker groups and clients see it."""
 
@@ -143,8 +147,18 @@ class Store(Protocol):
     async def listen(self, group_id: uuid.UUID, queues: Collection[str], events: ListenEvents) -> None:
         """Report wake-ups until cancelled; reconnects by itself."""
 
-    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
-        """Promote and claim. A DatabaseError with `committed` not False leaves the claim unknown."""
+    async def claim(
+        self,
+        order: ClaimOrder,
+        book: Callable[[Sequence[Claim]], None],
+        *,
+        under_way: Callable[[], None] = nothing,
+    ) -> ClaimReply:
+        """Promote and claim. A DatabaseError with `committed` not False leaves the claim unknown.
+
+        `under_way` is called on the event loop when the claim is on its way, perhaps more than once or,
+        when there is no connection, not at all: what it starts does not hold up the claim.
+        """
 
     async def compare(
         self,
@@ -228,7 +242,7 @@ class Store(Protocol):
         """Return the jobs that exist, in no particular order."""
 
     async def ended(self, ids: Sequence[int]) -> list[int]:
-        """Return those ids whose job has ended or does not exist."""
+        """Return those ids whose job does not exist, then those whose job has ended, in the order of their ends."""
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
         """Cancel a waiting job, or ask for the cancellation of a running one. False: it had ended.

@@ -18,6 +18,7 @@ from tests.tools.fault_proxy import fault_proxy
 from tests.tools.gates import PATIENCE, ThreadGate
 from tests.tools.looking import places, rows, until, value
 from triojobs._sql import enqueue as enqueue_sql
+from triojobs._sql import exchange
 
 CONNECTIONS = (
     "SELECT count(*) FROM pg_stat_activity"
@@ -201,6 +202,7 @@ async def test_a_thread_that_waits_for_its_turn_finds_the_client_closed(
     conninfo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = ThreadGate()
+    monkeypatch.setattr(exchange, "ROWS", 0)  # by a statement of psycopg, before which the gate stands
     monkeypatch.setattr(enqueue_sql, "enqueue_plain", gate.before(enqueue_sql.enqueue_plain))
     client = triojobs.SyncClient(conninfo)
     ends: dict[str, Any] = {}
@@ -222,7 +224,9 @@ async def test_a_thread_that_waits_for_its_turn_finds_the_client_closed(
     assert isinstance(ends["first"], int)
     assert all(isinstance(end, int | trio.ClosedResourceError) for end in ends.values())
     assert len(ends) == 3
-    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == sum(isinstance(end, int) for end in ends.values())
+    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == sum(
+        isinstance(end, int) for end in ends.values()
+    )
     with pytest.raises(trio.ClosedResourceError):
         await in_thread(client._store.enqueue, [])
     await until(conninfo, f"SELECT ({CONNECTIONS}) = 0", seconds=PATIENCE)  # type: ignore[arg-type]

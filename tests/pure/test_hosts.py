@@ -92,7 +92,8 @@ def test_a_name_is_asked_at_each_of_its_addresses(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "where", [{}, {"host": ""}, {"host": "/run"}, {"host": "@abstract"}, {"host": "a", "hostaddr": "10.0.0.1"}]
+    "where",
+    [{}, {"host": ""}, {"host": "/run"}, {"host": "@abstract"}, {"host": "a", "hostaddr": "10.0.0.1"}],
 )
 def test_what_needs_no_resolver_does_not_ask_it(
     monkeypatch: pytest.MonkeyPatch, where: dict[str, str]

@@ -254,7 +254,7 @@ async def test_a_claim_that_was_lost_before_its_handler_began_is_not_started() -
         triojobs.Worker(NUMBERS, handler, concurrency=1),
         live,
         MemoryStore(),
-        busy_ids=Counter(),
+        busy_ids=set(),
         on_free=lambda: None,
     )
     lost, kept = (

@@ -90,6 +90,7 @@ class Record:
     calls: list[str] = field(default_factory=list)
     failed_call: str | None = None
     shots: int = 0
+    raised_boom: bool = False
     injections: list[tuple[str, float]] = field(default_factory=list)
     cancels: dict[int, float] = field(default_factory=dict)
     replaced: set[int] = field(default_factory=set)
@@ -102,6 +103,12 @@ class Record:
     quiet: bool = False
     error: BaseException | None = None
     stuck: str | None = None
+
+    def failed_with(self, exc: BaseException) -> None:
+        """Note what was raised beside, or after, what we know already."""
+        self.error = (
+            exc if self.error is None else BaseExceptionGroup("all that was raised", [self.error, exc])
+        )
 
     @property
     def program(self) -> Program:

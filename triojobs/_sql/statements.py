@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import LiteralString
 
 from psycopg import sql
 
-__all__ = ["statement"]
+__all__ = ["numbered", "statement"]
 
 
 @lru_cache(maxsize=1024)
@@ -23,3 +24,15 @@ def statement(template: LiteralString, schema: str) -> bytes:
         job_ids=sql.Literal(f"{schema}.job_ids"),
     )
     return composed.as_bytes(None)
+
+
+@lru_cache(maxsize=64)
+def numbered(template: LiteralString, schema: str) -> tuple[bytes, tuple[str, ...]]:
+    """Return `template` with `$1`, `$2`, … for its `%(named)s` parameters, and their names in that order."""
+    order: dict[str, int] = {}
+
+    def number(found: re.Match[str]) -> str:
+        return f"${order.setdefault(found[1], len(order) + 1)}"
+
+    text = re.sub(r"%\((\w+)\)[sb]", number, statement(template, schema).decode())
+    return text.encode(), tuple(order)
