@@ -286,13 +286,15 @@ async def test_row_30c_the_database_is_away_for_less_than_the_lease_and_a_rescue
                          at_most=options["lease_duration"] - options["lease_margin"] + 1.0)  # fmt: skip
             assert outcomes(conninfo) == []
             proxy.heal()
+            closed = "SELECT closed_at < lease_until FROM triojobs.worker_groups WHERE id = %s"
+            await wait_until(lambda: group.group_id != first)
+            assert rows(conninfo, closed, first) == [
+                (True,)
+            ]  # by itself, before anybody else might, and first
             journal.go_on.set()
             with trio.fail_after(30):
                 assert await rescuer.client.result(job_id) == 1
-            assert group.group_id != first
             assert rescuer.statistics().rescued == 0
-    closed = "SELECT closed_at < lease_until FROM triojobs.worker_groups WHERE id = %s"
-    assert rows(conninfo, closed, first) == [(True,)]  # by itself, before anybody else might
     assert journal.began == [(job_id, 1), (job_id, 1)]
     assert outcomes(conninfo) == [(1, "done")]
     assert group.report.released == 1

@@ -162,6 +162,10 @@ async def test_row_23_the_server_has_no_connection_left(
                     await trio.sleep(0.02)
             with pytest.raises(psycopg.OperationalError, match=r"connection slots|too many"):
                 psycopg.connect(app)
+            with pytest.raises(triojobs.DatabaseError) as caught:
+                async with triojobs.open_client(app):
+                    raise AssertionError("must not open")
+            assert caught.value.transient
             late = enqueue_by_sql(hogs[0])
             seen = value(admin, lease)
             tries = len(logged(caplog, "claim_failed"))
