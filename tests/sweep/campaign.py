@@ -21,7 +21,7 @@ __all__ = ["Part", "Tally", "failures", "parts", "sweep"]
 EVERYWHERE = frozenset({"cancel", "sibling", "stop", "own_scope", "sigint", "retire"})
 THINNED = 3
 # Once more while the first is being obeyed; `retire+cancel` and the like end what is being renewed.
-DOUBLED = (*sorted(ENDING), "lose+cancel", "retire+cancel", "restart+sigint")
+DOUBLED = (*sorted(ENDING), "lose+cancel", "own_scope+cancel", "retire+cancel", "restart+sigint")
 DOUBLED_STEP = 8
 DOUBLED_WITHIN = 120  # points from the first to the second
 
