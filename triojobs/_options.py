@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ._errors import OptionError, checked_seconds
 
@@ -13,9 +16,11 @@ __all__ = [
     "DEFAULT_SCHEMA",
     "GroupOptions",
     "checked_count",
+    "checked_metadata",
     "checked_name",
     "checked_schema",
     "checked_text",
+    "checked_time",
 ]
 
 DEFAULT_SCHEMA: Final = "triojobs"
@@ -25,6 +30,10 @@ METADATA_LIMIT: Final = 8 * 1024  # bytes of compact JSON; it travels with every
 PAYLOAD_LIMIT: Final = 1024 * 1024  # bytes; larger things belong in a store of their own, by reference
 ERROR_LIMIT: Final = 8 * 1024  # bytes of UTF-8; the head of a traceback's text is what people read
 INT_LIMIT: Final = 2**31 - 1
+# Times that survive every session's time zone on their way back from PostgreSQL.
+YEARS: Final = range(1900, 9000)
+# jsonb cannot hold NUL. JSON writes it as an escape, whose backslash is not itself escaped.
+NUL_IN_JSON: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def checked_text(field: str, value: object, *, least: int, most: int) -> str:
@@ -58,6 +67,36 @@ def checked_schema(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,39}", value):
         raise OptionError("schema", value, "1 to 40 of a-z, 0-9 and _, not starting with a digit")
     return value
+
+
+def checked_time(field: str, value: object) -> dt.datetime:
+    """Return an aware datetime as UTC, in years that every session can show, else raise OptionError."""
+    if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
+        raise OptionError(field, value, "an aware datetime (with a time zone)")
+    try:
+        utc = value.astimezone(dt.UTC)
+    except OverflowError:
+        utc = None
+    if utc is None or utc.year not in YEARS:
+        raise OptionError(field, value, f"in the years {YEARS[0]} to {YEARS[-1]}")
+    return utc
+
+
+def checked_metadata(field: str, value: Mapping[str, Any] | None) -> str:
+    """Return a mapping as compact JSON text of at most 8 KiB (None: an empty object), else raise OptionError."""
+    if not value and (value is None or isinstance(value, Mapping)):
+        return "{}"
+    limit = f"a mapping of str to JSON values, at most {METADATA_LIMIT} bytes of compact JSON, without NUL"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise OptionError(field, value, limit)
+    try:
+        text = json.dumps(dict(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise OptionError(field, value, f"{limit} ({exc})") from exc
+    if size > METADATA_LIMIT or NUL_IN_JSON.search(text):
+        raise OptionError(field, value, f"{limit} (it has {size} bytes)")
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
