@@ -175,6 +175,8 @@ class WorkerGroup:
             pid=os.getpid(),
             version=VERSION,
             lease_duration=self._options.lease_duration,
+            queues={worker.queue.name: worker.concurrency for worker in self._workers},
+            concurrency=self._options.concurrency,
         )
         lease = Lease(
             duration=self._options.lease_duration,

@@ -8,6 +8,7 @@ conflict with a claim's KEY SHARE and would not wait for it at all.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from .statements import statement
 __all__ = ["Rescue", "add_partitions", "beat", "close_group", "register", "rescue", "sweep_strays"]
 
 REGISTER: Final = """
-INSERT INTO {schema}.worker_groups (id, name, host, pid, version, lease_duration, lease_until)
+INSERT INTO {schema}.worker_groups
+    (id, name, host, pid, version, lease_duration, lease_until, queues, concurrency)
 VALUES (%(id)s, %(name)s, %(host)s, %(pid)s, %(version)s, %(lease_duration)s,
-        clock_timestamp() + %(lease_duration)s * interval '1 second')
+        clock_timestamp() + %(lease_duration)s * interval '1 second',
+        %(queues)s::text::jsonb, %(concurrency)s)
 """
 
 # The plain UPDATE takes NO KEY UPDATE: claims and settles of the group are not blocked by it.
@@ -144,6 +147,8 @@ def register(conn: psycopg.Connection[Any], schema: str, registration: Registrat
         "pid": registration.pid,
         "version": registration.version,
         "lease_duration": registration.lease_duration,
+        "queues": None if registration.queues is None else json.dumps(dict(registration.queues)),
+        "concurrency": registration.concurrency,
     }
     conn.execute(statement(REGISTER, schema), parameters)
 
