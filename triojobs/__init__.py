@@ -14,6 +14,7 @@ from ._codec import PydanticCodec as PydanticCodec
 from ._errors import CodecError as CodecError
 from ._errors import DatabaseError as DatabaseError
 from ._errors import DuplicateJobError as DuplicateJobError
+from ._errors import GroupNotFoundError as GroupNotFoundError
 from ._errors import JobCancelledError as JobCancelledError
 from ._errors import JobFailedError as JobFailedError
 from ._errors import JobNotFoundError as JobNotFoundError

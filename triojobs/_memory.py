@@ -157,6 +157,15 @@ class MemoryDatabase:
         self.notify_waiting(queues)
         return jobs
 
+    def pause(self, queue: str) -> None:
+        """Let nobody claim from this queue."""
+        self.tables.paused.add(queue)
+
+    def resume(self, queue: str) -> None:
+        """Let everybody claim from this queue again, and wake who waits for it."""
+        self.tables.paused.discard(queue)
+        self.notify_waiting([queue])
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless each job is in one place, attempts are exact, claims ended once."""
         self.tables.check_invariants()

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+import psycopg
 import trio
 
 from triojobs._lease import Lease
@@ -29,6 +30,7 @@ from triojobs._model import (
 )
 from triojobs._postgres import PostgresStore
 from triojobs._queue import Queue
+from triojobs._sql import notify, pausing
 from triojobs._store import ClaimOrder, ClaimReply, Store
 
 NUMBERS: Queue[int, Any] = Queue("numbers", int)
@@ -41,6 +43,10 @@ class World(Protocol):
 
     def now(self) -> dt.datetime: ...
 
+    def pause(self, queue: str) -> None: ...
+
+    def resume(self, queue: str) -> None: ...
+
 
 class MemoryWorld:
     def __init__(self) -> None:
@@ -52,6 +58,12 @@ class MemoryWorld:
     def now(self) -> dt.datetime:
         return self.database.utc_now()
 
+    def pause(self, queue: str) -> None:
+        self.database.pause(queue)
+
+    def resume(self, queue: str) -> None:
+        self.database.resume(queue)
+
 
 class PostgresWorld:
     def __init__(self, conninfo: str) -> None:
@@ -62,6 +74,15 @@ class PostgresWorld:
 
     def now(self) -> dt.datetime:
         return dt.datetime.now(dt.UTC)
+
+    def pause(self, queue: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            pausing.pause(conn, "triojobs", queue, "a test")
+
+    def resume(self, queue: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            pausing.resume(conn, "triojobs", queue)
+            notify.notify_waiting(conn, "triojobs", [queue])
 
 
 def row(number: int = 0, *, queue: str = "q", **changes: Any) -> NewRow:
