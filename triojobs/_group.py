@@ -113,6 +113,17 @@ class WorkerGroup:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.stop, idempotent=True)
 
+    def _drain(self, reason: str) -> None:
+        """Obey an operator; each beat repeats the request."""
+        if not self._stop.value:
+            log.warning(
+                "worker group %s drains, as somebody asked: %s",
+                self.group_id,
+                reason,
+                extra={"event": "drain", "group_id": str(self.group_id)},
+            )
+            self.stop()
+
     async def wait_stopped(self) -> None:
         """Wait until the group has stopped and closed, and `report` is complete."""
         await self._stopped.wait()
@@ -208,6 +219,7 @@ class WorkerGroup:
         fetcher.slots_ready()
         self._slots[live] = slots
         live.on_cancel_request = partial(_cancel_handler, live, slots)
+        live.on_drain_request = self._drain
         # Set here and not by the tasks: a closing that comes before their first step waits for them.
         live.fetching.value = live.beating.value = live.settling.value = True
         live.slots_alive.value = 1

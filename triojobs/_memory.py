@@ -166,6 +166,11 @@ class MemoryDatabase:
         self.tables.paused.discard(queue)
         self.notify_waiting([queue])
 
+    def drain(self, group_id: uuid.UUID, reason: str) -> None:
+        """Ask a group to stop claiming, finish what it runs, and close."""
+        self.tables.drains.setdefault(group_id, reason)
+        self.notify_group(group_id)
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless each job is in one place, attempts are exact, claims ended once."""
         self.tables.check_invariants()
@@ -355,6 +360,8 @@ class MemoryStore:
         lease.confirm(sent)
         if requests:
             events.cancel_requests(requests)
+        if (reason := self._tables.drains.get(group_id)) is not None:
+            events.drain_requested(reason)
         return True
 
     async def _rescue(self, line: trio.CapacityLimiter, events: BeatEvents) -> None:

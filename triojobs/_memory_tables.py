@@ -135,6 +135,7 @@ class Tables:
         self.groups: dict[uuid.UUID, GroupRow] = {}
         self.waiting: set[tuple[str, uuid.UUID]] = set()
         self.paused: set[str] = set()
+        self.drains: dict[uuid.UUID, str] = {}
         self.last_id = 0
         self._outcome_no = 0
         self._fences: set[tuple[int, uuid.UUID, int]] = set()

@@ -19,10 +19,10 @@ from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, cloc
 from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
-from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
+from ._model import CancelRequest, Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
-from ._sql import groups, inspect, notify, operate, settle
+from ._sql import groups, inspect, notify, operate, pausing, settle
 from ._sql.failures import translate
 from ._sql.schema import check_schema
 from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
@@ -528,9 +528,7 @@ class BeatLoop:
     def _beat(self) -> bool:
         sent = clock()
         try:
-            requests = self._line.call(
-                "beating", lambda call: groups.beat(call.conn, self._store.schema, self._group_id)
-            )
+            requests, drain = self._line.call("beating", self._beat_and_ask)
         except DatabaseError as exc:
             self._lease.fail()
             log.warning("%s", exc, extra={"event": "beat_failed"})
@@ -543,7 +541,13 @@ class BeatLoop:
         self._lease.confirm(sent)
         if requests:
             self._events.cancel_requests(requests)
+        if drain is not None:
+            self._events.drain_requested(drain)
         return True
+
+    def _beat_and_ask(self, call: Call) -> tuple[list[CancelRequest] | None, str | None]:
+        requests = groups.beat(call.conn, self._store.schema, self._group_id)
+        return requests, pausing.drain_requested(call.conn, self._store.schema, self._group_id)
 
     def _rescue(self, call: Call) -> None:
         found = groups.rescue(call.conn, self._store.schema)

@@ -54,6 +54,7 @@ class LiveRegistration:
         self.closed = False
         self.rescued_jobs = 0
         self.on_cancel_request: Callable[[CancelRequest], None] = _nobody_runs
+        self.on_drain_request: Callable[[str], None] = _not_begun
         self.unanswered: set[tuple[int, int]] = set()
         self._claim_no = 0
         self._token = trio.lowlevel.current_trio_token()
@@ -95,12 +96,22 @@ class LiveRegistration:
         for request in requests:
             self._token.run_sync_soon(self._pass_on, request)
 
+    def drain_requested(self, reason: str) -> None:
+        self._token.run_sync_soon(self._pass_on_drain, reason)
+
     def _count_rescued(self, jobs: int) -> None:
         self.rescued_jobs += jobs
 
     def _pass_on(self, request: CancelRequest) -> None:
         self.on_cancel_request(request)
 
+    def _pass_on_drain(self, reason: str) -> None:
+        self.on_drain_request(reason)
+
 
 def _nobody_runs(request: CancelRequest) -> None:
     """Before there are slots no job runs that could be cancelled."""
+
+
+def _not_begun(reason: str) -> None:
+    """Before the tasks run; the next beat repeats the request."""

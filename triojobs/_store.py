@@ -70,6 +70,7 @@ class BeatEvents(Protocol):
     def cancel_requests(self, requests: Sequence[CancelRequest]) -> None: ...
     def lease_lost(self) -> None: ...
     def rescued(self, jobs: int) -> None: ...
+    def drain_requested(self, reason: str) -> None: ...
 
 
 class ListenEvents(Protocol):
@@ -110,7 +111,7 @@ class Store(Protocol):
         """Insert the group's row and confirm the lease."""
 
     async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
-        """Beat, deliver cancel requests and rescue dead groups, until `release_lease`."""
+        """Beat, deliver requests to cancel and to drain, and rescue dead groups, until `release_lease`."""
 
     def beat_now(self, group_id: uuid.UUID) -> None:
         """Ask for a beat at once (it returns the group's cancel requests)."""

@@ -47,6 +47,8 @@ class World(Protocol):
 
     def resume(self, queue: str) -> None: ...
 
+    def drain(self, group_id: uuid.UUID, reason: str) -> None: ...
+
 
 class MemoryWorld:
     def __init__(self) -> None:
@@ -63,6 +65,9 @@ class MemoryWorld:
 
     def resume(self, queue: str) -> None:
         self.database.resume(queue)
+
+    def drain(self, group_id: uuid.UUID, reason: str) -> None:
+        self.database.drain(group_id, reason)
 
 
 class PostgresWorld:
@@ -84,6 +89,11 @@ class PostgresWorld:
             pausing.resume(conn, "triojobs", queue)
             notify.notify_waiting(conn, "triojobs", [queue])
 
+    def drain(self, group_id: uuid.UUID, reason: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            pausing.drain(conn, "triojobs", group_id, reason)
+            notify.notify_group(conn, group_id)
+
 
 def row(number: int = 0, *, queue: str = "q", **changes: Any) -> NewRow:
     """Return a job to enqueue; `number` is its payload."""
@@ -104,6 +114,7 @@ class Recorder:
         self.requests: list[CancelRequest] = []
         self.lost = 0
         self.jobs_rescued = 0
+        self.drains: list[str] = []
         self.heard: list[str] = []
 
     def cancel_requests(self, requests: Sequence[CancelRequest]) -> None:
@@ -114,6 +125,9 @@ class Recorder:
 
     def rescued(self, jobs: int) -> None:
         self._token.run_sync_soon(self._note, lambda: setattr(self, "jobs_rescued", self.jobs_rescued + jobs))
+
+    def drain_requested(self, reason: str) -> None:
+        self._token.run_sync_soon(self._note, lambda: self.drains.append(reason))
 
     def listening(self, healthy: bool) -> None:
         self._note(lambda: self.heard.append("listening" if healthy else "deaf"))
