@@ -5,6 +5,13 @@ try:
 except ImportError as _exc:
     raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from _exc
 
+from ._admin import Admin as Admin
+from ._admin import open_admin as open_admin
+from ._admin_model import Attempt as Attempt
+from ._admin_model import JobDetails as JobDetails
+from ._admin_model import JobFilter as JobFilter
+from ._admin_model import JobSummary as JobSummary
+from ._admin_model import Page as Page
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client
 from ._codec import CborCodec as CborCodec
@@ -45,6 +52,8 @@ from ._queue import Queue as Queue
 from ._queue import Worker as Worker
 from ._sql.schema import migrate as migrate
 from ._sql.schema import verify_schema as verify_schema
+from ._sync_admin import SyncAdmin as SyncAdmin
+from ._sync_admin import admin_on as admin_on
 from ._sync_client import SyncClient as SyncClient
 from ._version import VERSION as __version__
 from .embedded import open_embedded_postgres as open_embedded_postgres

@@ -1,0 +1,188 @@
+"""Plans of the admin's reads beside 300,000 ended, 100,000 due and 300,000 future jobs.
+
+A page must not cost more for what lies behind it. So each statement is looked at with what really ran:
+which tables it walks, how many pages it touches, and that its second half (how far the search came)
+runs only when the first has found too little.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from plans import Plan, explain, recorded
+from tools import SCHEMA, Connection, Group, open_session, put
+
+from triojobs._admin_model import JobFilter
+from triojobs._sql import listing, selecting
+from triojobs._sql.selecting import Bounds, Search
+
+FILL = """
+SELECT setval('triojobs.job_ids', 2100000);
+SELECT triojobs.add_partitions();
+INSERT INTO triojobs.jobs (id, queue, payload, key, metadata, run_at, enqueued_at)
+SELECT n, CASE WHEN n % 150000 = 1 THEN 'rare' ELSE 'q' END, 'x', CASE WHEN n % 100 = 0 THEN 'k' || n END,
+       CASE WHEN n % 1000 = 0 THEN '{"tenant": 1}'::jsonb ELSE '{}' END,
+       now() - interval '4 d' + n * interval '1 s', now() - interval '4 d' + n * interval '1 s'
+FROM generate_series(1, 300000) n;
+INSERT INTO triojobs.outcomes (job_id, group_id, claim_no, attempt, status, claimed_at, finished_at)
+SELECT n, '00000000-0000-0000-0000-000000000001', n, 1, CASE WHEN n % 30000 = 0 THEN 'killed' ELSE 'done' END,
+       now() - interval '4 d' + n * interval '1 s', now() - interval '4 d' + n * interval '1 s'
+FROM generate_series(1, 300000) n;
+INSERT INTO triojobs.jobs (id, queue, payload, run_at, enqueued_at)
+SELECT 1500000 + n, 'q', 'x', now(), now() - interval '1 h' FROM generate_series(1, 400000) n;
+INSERT INTO triojobs.scheduled (id, queue, priority, run_at, attempts, max_attempts)
+SELECT 1500000 + n, 'later', 0, now() + interval '1 d' + n * interval '1 ms', 0, 5
+FROM generate_series(1, 300000) n;
+INSERT INTO triojobs.ready (id, queue, priority, run_at, attempts, max_attempts)
+SELECT 1800000 + n, 'q', n % 3, now() - interval '1 h' + n * interval '1 ms', 0, 5
+FROM generate_series(1, 100000) n;
+INSERT INTO triojobs.worker_groups (id, name, host, pid, version, lease_duration, lease_until, closed_at)
+SELECT gen_random_uuid(), 'old', 'h', 1, '0', 600, now() - interval '1 d', now() - interval '1 d'
+FROM generate_series(1, 20000) n;
+"""
+LARGE = {"jobs_0", "jobs_1", "outcomes_0", "ready", "scheduled"}
+
+
+class Grown:
+    """A session on the large tables, with a few jobs that run."""
+
+    def __init__(self, conn: Connection) -> None:
+        self.conn = conn
+        for part in FILL.split(";\n"):
+            conn.execute(part)  # type: ignore[call-overload]
+        self.group = Group(conn)
+        put(conn, 20)
+        self.group.claim(conn, 20)
+        conn.execute("VACUUM ANALYZE")
+
+    def plans(self, fn: Any, *args: Any, **options: Any) -> list[Plan]:
+        """Return the plan of each statement of `fn(conn, schema, …)`."""
+        return [explain(self.conn, each) for each in recorded(self.conn, fn, SCHEMA, *args, **options)]
+
+    def page(self, which: JobFilter, *, newest_first: bool = True, bounds: Bounds | None = None) -> Plan:
+        """Return the plan of the first slice of a page of 50."""
+        search = Search(which, which.statuses, newest_first)
+        if bounds is None:
+            bounds = selecting.time_bounds(self.conn, SCHEMA, which)
+        (plan,) = self.plans(listing.summaries, search, bounds, limit=50)
+        return plan
+
+
+@pytest.fixture(scope="module")
+def grown(shared_database: str) -> Iterator[Grown]:
+    with open_session(shared_database, prepare_threshold=None) as conn:
+        yield Grown(conn)
+
+
+def rows_read(plan: Plan, *relations: str) -> float:
+    """Return how many rows came out of scans of these relations, all loops together."""
+    return sum(
+        node["Actual Rows"] * node["Actual Loops"]
+        for node in plan.nodes("Scan")
+        if node.get("Relation Name") in relations
+    )
+
+
+FULL_PAGES: dict[str, JobFilter] = {
+    "everything": JobFilter(),
+    "a queue": JobFilter(queue="q"),
+    "done, below a backlog": JobFilter(status="done"),
+    "done of a queue": JobFilter(status="done", queue="q"),
+    "waiting": JobFilter(status=["pending", "failed"]),
+    "pending": JobFilter(status="pending"),
+    "alive": JobFilter(status=["pending", "failed", "running"]),
+    "ended or waiting": JobFilter(status=["done", "pending"]),
+}
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.parametrize("name", FULL_PAGES)
+def test_a_full_page_reads_its_rows_and_no_more(grown: Grown, name: str, newest_first: bool) -> None:
+    plan = grown.page(FULL_PAGES[name], newest_first=newest_first)
+    assert plan.root["Actual Rows"] == 50
+    assert plan.pages < 4000
+    assert rows_read(plan, *LARGE) < 1000
+    assert not plan.walked & LARGE
+    (mark,) = plan.nodes("Aggregate")
+    assert mark["Actual Loops"] == 0
+
+
+def test_the_few_killed_jobs_are_found_without_the_done(grown: Grown) -> None:
+    plan = grown.page(JobFilter(status=["killed", "cancelled"], queue="q"))
+    assert plan.root["Actual Rows"] == 10
+    assert plan.pages < 600
+    assert plan.nodes("Index", Index_Name="outcomes_0_job_id_idx")
+
+
+def test_the_jobs_of_a_key_are_found_by_it(grown: Grown) -> None:
+    plan = grown.page(JobFilter(key="k500", queue="q"))
+    assert plan.root["Actual Rows"] == 1
+    assert plan.pages < 100
+    assert plan.nodes("Index", Index_Name="jobs_0_key_id_idx")
+
+
+def test_running_jobs_are_found_among_the_leases(grown: Grown) -> None:
+    plan = grown.page(JobFilter(status="running"))
+    assert plan.root["Actual Rows"] == 20
+    assert rows_read(plan, *LARGE) < 200
+
+
+def test_given_ids_are_looked_up_one_by_one(grown: Grown) -> None:
+    plan = grown.page(JobFilter(ids=[7, 8, 1_999_999, 4_000_000]))
+    assert plan.root["Actual Rows"] == 2
+    assert plan.pages < 200
+    assert not plan.walked & LARGE
+
+
+def test_a_slice_of_a_search_without_hits_is_bounded(grown: Grown) -> None:
+    for which in (
+        JobFilter(queue="nobody's"),
+        JobFilter(metadata={"tenant": 2}),
+        JobFilter(status="pending", queue="nobody's"),
+    ):
+        plan = grown.page(which)
+        assert plan.root["Actual Rows"] == 1  # how far it came
+        candidates = rows_read(plan, *LARGE)
+        assert candidates <= 2 * selecting.CHEAP_SLICE + 10, which
+    plan = grown.page(JobFilter(status="cancelled", metadata={"tenant": 2}, key=None))
+    assert rows_read(plan, *LARGE) < 100
+
+
+def test_a_time_is_found_by_probing_ids(grown: Grown) -> None:
+    since = dt.datetime.now(dt.UTC) - dt.timedelta(days=2)
+    which = JobFilter(enqueued_since=since, enqueued_until=since + dt.timedelta(minutes=1))
+    plans = grown.plans(selecting.time_bounds, which)
+    assert all(plan.pages < 2000 for plan in plans)
+    bounds = selecting.time_bounds(grown.conn, SCHEMA, which)
+    assert bounds.high - bounds.low < 2 * 3600 + 60 + 40
+    page = grown.page(which)
+    assert page.root["Actual Rows"] == 50
+    assert page.pages < 6000
+
+
+def test_a_job_and_its_history_are_looked_up_by_id(grown: Grown) -> None:
+    for job_id in (30_000, 1_600_000, 2_100_001):
+        (plan,) = grown.plans(listing.read_job, job_id)
+        assert plan.pages < 150
+        assert not plan.walked & LARGE
+
+
+@pytest.mark.parametrize("statistics", ["none", "of empty tables"])
+@pytest.mark.parametrize("name", FULL_PAGES)
+def test_plans_made_while_the_tables_were_small_do_not_walk_them(
+    db: Connection, name: str, statistics: str
+) -> None:
+    if statistics == "of empty tables":
+        db.execute("VACUUM ANALYZE")
+    put(db, 3)
+    which = FULL_PAGES[name]
+    (statement,) = recorded(db, listing.summaries, SCHEMA, Search(which, which.statuses), Bounds(), limit=50)
+    plan = explain(db, statement)
+    assert plan.would_walk <= {"worker_groups"}
+    # Candidates come in the order of an index; sorted or hashed they would all be read first.
+    assert not plan.nodes("Aggregate", Strategy="Hashed")
+    below = [str(node["Sort Key"]) for node in plan.nodes("Sort") if node is not plan.root]
+    assert all(".no DESC" in key for key in below), below

@@ -1,0 +1,159 @@
+"""The admin for Trio tasks: look at jobs, queues and groups, and steer them.
+
+What the methods do is in `_admin_steps`, shared with the synchronous twin.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Final, TypeVar, overload
+
+import trio
+
+from . import _admin_steps as steps
+from ._admin_model import JobDetails, JobFilter, JobSummary, Page
+from ._admin_steps import Steps
+from ._admin_store import AdminStore, Step
+from ._client import async_side
+from ._errors import OptionError, checked_seconds
+from ._options import DEFAULT_SCHEMA, checked_schema
+from ._queue import Queue
+
+__all__ = ["Admin", "open_admin"]
+
+T = TypeVar("T")
+PayloadT = TypeVar("PayloadT")
+
+CALL_TIMEOUT: Final = 10.0  # seconds; an operator's look may take longer than a worker's call
+IN_TRIO: Final = "call it from a Trio task; outside Trio use SyncAdmin"
+
+
+class Admin:
+    """Look at jobs, queues and groups, and steer them. Made by `open_admin`.
+
+    All methods are for Trio tasks; any number of tasks may call them at once. Lists come in pages and
+    stay fast at millions of jobs; none reads a whole table of ended jobs.
+
+    Raises (every method):
+        OptionError: an argument is refused; nothing was read or written.
+        DatabaseError: the database could not be reached, or refused; `transient`: try again.
+        trio.ClosedResourceError: the admin is closed.
+
+    Cancellation (every method): between calls of the database; each call is cancelled before it
+    starts, or done.
+    """
+
+    def __init__(self, store: AdminStore) -> None:
+        self._store = store
+        self._closed = False
+
+    async def _run(self, step: Step[T]) -> T:
+        if self._closed:
+            raise trio.ClosedResourceError("this triojobs admin is closed")
+        return await self._store.run(step)
+
+    async def _drive(self, given: Steps[T]) -> T:
+        try:
+            step = next(given)
+            while True:
+                try:
+                    answer = await self._run(step)
+                except Exception as exc:
+                    step = given.throw(exc)
+                else:
+                    step = given.send(answer)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            given.close()
+
+    # Jobs.
+
+    @async_side(IN_TRIO)
+    async def jobs(
+        self,
+        which: JobFilter | None = None,
+        *,
+        limit: int = 100,
+        after: str | None = None,
+        newest_first: bool = True,
+    ) -> Page[JobSummary]:
+        """Return a page of the jobs that match, in the order of their ids, that is of their enqueue.
+
+        A search that finds little takes at most about two seconds and then hands over what it has,
+        with `next` set: go on with that. Names of queues, metadata and times have no index: narrow
+        them by a status, a key or a time where there are many millions of jobs.
+
+        Args:
+            which: None: every job. limit: 1 to 1,000 items. after: the `next` of the page before.
+            newest_first: False: oldest first.
+        """
+        return await self._drive(steps.jobs(which, limit, after, newest_first))
+
+    @overload
+    async def job(self, job_id: int) -> JobDetails[Any]: ...
+    @overload
+    async def job(self, job_id: int, queue: Queue[PayloadT, Any]) -> JobDetails[PayloadT]: ...
+    @async_side(IN_TRIO)
+    async def job(self, job_id: int, queue: Queue[Any, Any] | None = None) -> JobDetails[Any]:
+        """Return one job with its attempts: when, by whom, how long, and how each ended.
+
+        With `queue` payload and result are typed by it, plain values otherwise.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return await self._run(steps.job(job_id, queue))
+
+
+class AdminContext:
+    """The async context manager that `open_admin` returns."""
+
+    def __init__(self, store: AdminStore) -> None:
+        self._store = store
+        self._admin = Admin(store)
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Admin:
+        try:
+            await self._store.open()
+        except BaseException:
+            self._store.close()
+            raise
+        return self._admin
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._admin._closed = True
+        self._store.close()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+def open_admin(
+    conninfo: str, *, schema: str = DEFAULT_SCHEMA, call_timeout: float = CALL_TIMEOUT, pooled: bool = False
+) -> AdminContext:
+    """Open an admin as a scope: `async with open_admin(conninfo) as admin: …`.
+
+    Args:
+        conninfo: libpq connection string or URI. schema: where the tables are. call_timeout: seconds
+            per call of the database. pooled: conninfo leads to PgBouncer in transaction mode.
+
+    Raises:
+        DatabaseError, SchemaError: the database cannot be reached or does not fit.
+    """
+    return AdminContext(AdminStore(**checked_arguments(conninfo, schema, call_timeout, pooled)))
+
+
+def checked_arguments(conninfo: object, schema: str, call_timeout: float, pooled: bool) -> dict[str, Any]:
+    if not isinstance(conninfo, str) or "\0" in conninfo:
+        raise OptionError("conninfo", "…", "a libpq connection string or URI (str without NUL)")
+    if not isinstance(pooled, bool):
+        raise OptionError("pooled", pooled, "True or False")
+    return {
+        "conninfo": conninfo,
+        "schema": checked_schema(schema),
+        "call_timeout": checked_seconds("call_timeout", call_timeout, positive=True),
+        "pooled": pooled,
+    }

@@ -1,0 +1,90 @@
+"""What an admin does, as steps: checked arguments, then one short call after the other.
+
+Each function here either returns one `Step`, or is a generator that yields steps, is sent what they
+gave, and returns the answer. Whoever drives it decides where the steps run: in a Trio task, in a
+thread, or in the caller's transaction. So the asynchronous and the synchronous admin cannot differ.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any, Final, TypeAlias, TypeVar
+
+from ._admin_model import JobDetails, JobFilter, JobSummary, Page
+from ._admin_store import Step
+from ._client import checked_job_id, info_of
+from ._errors import JobNotFoundError, OptionError
+from ._options import checked_count
+from ._queue import Queue
+from ._sql import listing, selecting
+from ._sql.effects import Effect
+from ._sql.selecting import Bounds, Search, Slice
+
+__all__ = ["Steps", "job", "jobs"]
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Step[Any], Any, T]
+
+PAGE_LIMIT: Final = 1000  # items of a page: as much as one statement returns in some milliseconds
+SEARCH_TIME: Final = 2.0  # seconds: a page that is not full by then is handed over as it is
+
+
+def checked_filter(which: object) -> JobFilter:
+    """Return a filter (None: every job), or raise OptionError."""
+    if which is None:
+        return JobFilter()
+    if not isinstance(which, JobFilter):
+        raise OptionError("which", which, "a triojobs.JobFilter")
+    return which
+
+
+def checked_cursor(after: object) -> int | None:
+    """Return what a page of jobs said about where to go on, or raise OptionError."""
+    if after is None:
+        return None
+    if isinstance(after, str) and after.isascii() and after.lstrip("-").isdecimal() and len(after) <= 20:
+        return checked_count("after", int(after), least=-selecting.LAST_ID, most=selecting.LAST_ID)
+    raise OptionError("after", after, "the `next` of an earlier page of this list")
+
+
+def jobs(
+    which: JobFilter | None, limit: int, after: str | None, newest_first: bool
+) -> Steps[Page[JobSummary]]:
+    """Find one page of jobs."""
+    which = checked_filter(which)
+    checked_count("limit", limit, most=PAGE_LIMIT)
+    cursor = checked_cursor(after)
+    search = Search(which, which.statuses, newest_first)
+    bounds: Bounds | None = None
+    found: list[JobSummary] = []
+    give_up_at = time.monotonic() + SEARCH_TIME
+
+    def look(conn: Any, schema: str) -> Effect[tuple[list[JobSummary], Slice]]:
+        where = bounds
+        if where is None:
+            where = search.resumed(selecting.time_bounds(conn, schema, which), cursor)
+        return Effect(listing.summaries(conn, schema, search, where, limit=limit - len(found)))
+
+    while True:
+        items, looked = yield Step("reading jobs", look)
+        found += items
+        bounds = looked.rest
+        if bounds is None:
+            return Page(tuple(found), None)
+        if len(found) >= limit or time.monotonic() >= give_up_at:
+            return Page(tuple(found), str(search.cursor(bounds)))
+
+
+def job(job_id: int, queue: Queue[Any, Any] | None) -> Step[JobDetails[Any]]:
+    """Read one job with its history."""
+    checked_job_id(job_id)
+
+    def work(conn: Any, schema: str) -> Effect[JobDetails[Any]]:
+        found = listing.read_job(conn, schema, job_id)
+        if found is None:
+            raise JobNotFoundError(job_id, operation="reading a job")
+        raw, history = found
+        return Effect(JobDetails(info_of(raw, queue), history))
+
+    return Step("reading a job", work)

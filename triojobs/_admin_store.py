@@ -1,0 +1,175 @@
+"""Where an admin's work runs: on a connection of its own, from a task or a thread, or on the caller's.
+
+A `Step` is one short statement or transaction. Where the commit is ours, whoever waits is told after
+it; in the caller's transaction the notification goes inside.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import psycopg
+
+from ._bridge import IDLE, Breaker, Call, Line
+from ._errors import DatabaseError, TriojobsError
+from ._postgres import SyncStore
+from ._sql import notify
+from ._sql.effects import Effect
+from ._sql.enqueue import NOTIFY_INSIDE
+from ._sql.failures import translate
+from ._sql.schema import check_schema
+from ._sql.session import prepare_session, refuse_undeclared_pooler
+from ._sql.statements import plain_cursor, statement
+
+__all__ = ["AdminStore", "CallersConnection", "Step", "SyncAdminStore"]
+
+T = TypeVar("T")
+
+CONNECTIONS: Final = 2  # a long bulk operation does not hold up a look
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[T]):
+    """One short call.
+
+    Attributes:
+        operation: what it does, as a present participle. work: does it.
+        looks_again: it reads in a second statement what others did since the first, so it needs a
+            transaction that is READ COMMITTED.
+    """
+
+    operation: str
+    work: Callable[[psycopg.Connection[Any], str], Effect[T]]
+    looks_again: bool = False
+
+
+def perform(call: Call, schema: str, step: Step[T]) -> T:
+    """Do a step on a connection of ours."""
+    effect = step.work(call.conn, schema)
+    if effect.queues:
+        call.afterwards(lambda conn: notify.notify_waiting(conn, schema, effect.queues))
+    if effect.groups:
+        call.afterwards(lambda conn: _notify_groups(conn, effect.groups))
+    return effect.value
+
+
+def _notify_groups(conn: psycopg.Connection[Any], groups: frozenset[uuid.UUID]) -> None:
+    for group_id in groups:
+        notify.notify_group(conn, group_id)
+
+
+class AdminStore:
+    """Connections for Trio tasks."""
+
+    def __init__(self, conninfo: str, *, schema: str, call_timeout: float, pooled: bool) -> None:
+        self._schema = schema
+        self._breaker = Breaker()
+        self._pid = os.getpid()
+
+        def prepare(conn: psycopg.Connection[Any]) -> None:
+            refuse_undeclared_pooler(conn, declared=pooled)
+            if not pooled:
+                prepare_session(conn, call_timeout=call_timeout)
+
+        self._line = Line(
+            "admin",
+            conninfo,
+            self._breaker,
+            call_timeout=call_timeout,
+            prepare=prepare,
+            size=CONNECTIONS,
+            pooled=pooled,
+        )
+
+    async def open(self) -> None:
+        """Connect and verify the schema."""
+        await self._line.run("connecting", lambda call: check_schema(call.conn, self._schema))
+
+    async def run(self, step: Step[T]) -> T:
+        """Do a step in a thread. Cancellation: cancelled before it starts, or done."""
+        return await self._line.run(step.operation, lambda call: perform(call, self._schema, step))
+
+    def close(self) -> None:
+        """Close the connections and end the breaker's thread. No call may be in flight."""
+        self._line.close()
+        self._breaker.close()
+
+
+class SyncAdminStore:
+    """One connection, for one thread at a time."""
+
+    def __init__(self, conninfo: str, *, schema: str, call_timeout: float, pooled: bool) -> None:
+        self._schema = schema
+        self._store = SyncStore(conninfo, schema=schema, call_timeout=call_timeout, pooled=pooled)
+
+    def open(self) -> None:
+        """Connect and verify the schema."""
+        self._store.check()
+
+    def run(self, step: Step[T]) -> T:
+        """Do a step in this thread."""
+        return self._store.run(step.operation, lambda call: perform(call, self._schema, step))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._store.close()
+
+
+class CallersConnection:
+    """The caller's connection and transaction."""
+
+    def __init__(self, conn: psycopg.Connection[Any], schema: str) -> None:
+        self._conn = conn
+        self._schema = schema
+
+    def run(self, step: Step[T]) -> T:
+        """Do a step in the caller's transaction; what fails undoes this step alone."""
+        with callers_transaction(self._conn, step.operation):
+            if step.looks_again:
+                self._check_isolation(step.operation)
+            effect = step.work(self._conn, self._schema)
+            cursor = plain_cursor(self._conn)
+            if effect.queues:
+                cursor.execute(statement(NOTIFY_INSIDE, self._schema), {"queues": sorted(effect.queues)})
+            for group_id in effect.groups:
+                cursor.execute("SELECT pg_notify(%s, '')", [notify.group_channel(group_id)])
+        return effect.value
+
+    def _check_isolation(self, operation: str) -> None:
+        row = plain_cursor(self._conn).execute("SHOW transaction_isolation").fetchone()
+        if row != ("read committed",):
+            raise TriojobsError(
+                f"the transaction is {str(row and row[0]).upper()}",
+                operation=operation,
+                hint="use a READ COMMITTED one: it must see what others have committed meanwhile",
+            )
+
+
+@contextmanager
+def callers_transaction(conn: psycopg.Connection[Any], operation: str) -> Iterator[None]:
+    """Run the block in a savepoint of the caller's transaction; translate what goes wrong.
+
+    A connection without autocommit that is idle begins its transaction here, as its first statement
+    would; with autocommit the block is a transaction of its own.
+    """
+    if conn.pgconn.pipeline_status and not conn.closed:
+        with conn.pipeline():
+            pass  # a synchronization point, so that the status below is the present one
+    theirs = not conn.autocommit or conn.pgconn.transaction_status != IDLE
+    ours_is_next = False
+    try:
+        if theirs and conn.pgconn.transaction_status == IDLE:
+            plain_cursor(conn).execute("SELECT")
+        with conn.transaction():
+            yield
+            ours_is_next = not theirs  # the COMMIT that comes now
+    except psycopg.Error as exc:
+        error: DatabaseError = translate(exc, operation=operation)
+        if not ours_is_next:
+            error.committed = False  # the COMMIT is the caller's
+        raise error from exc

@@ -1,0 +1,155 @@
+"""The admin without an event loop: on a connection of its own, or in the caller's transaction."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import trio
+
+from . import _admin_steps as steps
+from ._admin import CALL_TIMEOUT, checked_arguments
+from ._admin_model import JobDetails, JobFilter, JobSummary, Page
+from ._admin_steps import Steps
+from ._admin_store import CallersConnection, Step, SyncAdminStore
+from ._bridge import on_loop
+from ._client import wrong_side
+from ._errors import OptionError
+from ._options import DEFAULT_SCHEMA, checked_schema
+from ._postgres import is_connection
+from ._queue import Queue
+
+if TYPE_CHECKING:
+    import psycopg
+
+__all__ = ["SyncAdmin", "admin_on"]
+
+T = TypeVar("T")
+PayloadT = TypeVar("PayloadT")
+
+
+class SyncAdmin:
+    """The same without an event loop: `with SyncAdmin(conninfo) as admin: …`. See `Admin`.
+
+    Args:
+        conninfo, schema, call_timeout, pooled: as `open_admin`.
+
+    Raises:
+        DatabaseError, SchemaError: on entry, when the database cannot be reached or does not fit.
+
+    Threads: any; calls of several threads take turns on one connection. Inside a Trio task every
+    method raises at once: it would block the loop. (One from `admin_on` is allowed anywhere.)
+    """
+
+    def __init__(
+        self,
+        conninfo: str,
+        *,
+        schema: str = DEFAULT_SCHEMA,
+        call_timeout: float = CALL_TIMEOUT,
+        pooled: bool = False,
+    ) -> None:
+        self._store = SyncAdminStore(**checked_arguments(conninfo, schema, call_timeout, pooled))
+        self._closed = False
+
+    def __enter__(self) -> SyncAdmin:
+        self._check()
+        try:
+            self._store.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._store.close()
+
+    def _check(self) -> None:
+        if on_loop():
+            raise wrong_side("SyncAdmin", "in a Trio task use `async with open_admin(…) as admin`")
+        if self._closed:
+            raise trio.ClosedResourceError("this triojobs admin is closed")
+
+    def _run(self, step: Step[T]) -> T:
+        self._check()
+        return self._store.run(step)
+
+    def _drive(self, given: Steps[T]) -> T:
+        try:
+            step = next(given)
+            while True:
+                try:
+                    answer = self._run(step)
+                except Exception as exc:
+                    step = given.throw(exc)
+                else:
+                    step = given.send(answer)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            given.close()
+
+    # Jobs.
+
+    def jobs(
+        self,
+        which: JobFilter | None = None,
+        *,
+        limit: int = 100,
+        after: str | None = None,
+        newest_first: bool = True,
+    ) -> Page[JobSummary]:
+        """Return a page of the jobs that match. See `Admin.jobs`."""
+        return self._drive(steps.jobs(which, limit, after, newest_first))
+
+    @overload
+    def job(self, job_id: int) -> JobDetails[Any]: ...
+    @overload
+    def job(self, job_id: int, queue: Queue[PayloadT, Any]) -> JobDetails[PayloadT]: ...
+    def job(self, job_id: int, queue: Queue[Any, Any] | None = None) -> JobDetails[Any]:
+        """Return one job with its attempts. See `Admin.job`."""
+        return self._run(steps.job(job_id, queue))
+
+
+class AdminOnConnection(SyncAdmin):
+    """What `admin_on` returns: the methods of SyncAdmin, on a connection that stays the caller's."""
+
+    def __init__(self, connection: CallersConnection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> SyncAdmin:
+        return self
+
+    def close(self) -> None:
+        """Do nothing: the connection is the caller's."""
+
+    def _run(self, step: Step[T]) -> T:
+        return self._connection.run(step)
+
+
+def admin_on(conn: psycopg.Connection[Any], *, schema: str = DEFAULT_SCHEMA) -> SyncAdmin:
+    """Return an admin that works in the caller's transaction: `admin_on(conn).cancel(job_id)`.
+
+    What it does happens if and only if the caller's transaction commits; the workers are told then. A
+    call that fails undoes itself alone (savepoint). The rows that it changes stay locked until the
+    transaction ends: keep it short, and take few jobs.
+
+    Args:
+        conn: a synchronous psycopg connection; it is left as it was found, and is not closed. Steering
+            needs READ COMMITTED. In autocommit mode, outside of a transaction, each call is a
+            transaction of its own. schema: where the tables are.
+
+    Threads: any, also where a Trio loop runs; blocks its thread.
+    """
+    checked_schema(schema)
+    if not is_connection(conn):
+        raise OptionError("conn", conn, "a synchronous psycopg.Connection")
+    return AdminOnConnection(CallersConnection(conn, schema))
