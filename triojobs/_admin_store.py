@@ -6,7 +6,7 @@ it; in the caller's transaction the notification goes inside.
 
 from __future__ import annotations
 
-import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,6 @@ import psycopg
 
 from ._bridge import IDLE, Breaker, Call, Line
 from ._errors import DatabaseError, TriojobsError
-from ._postgres import SyncStore
 from ._sql import notify
 from ._sql.effects import Effect
 from ._sql.enqueue import NOTIFY_INSIDE
@@ -26,7 +25,7 @@ from ._sql.schema import check_schema
 from ._sql.session import prepare_session, refuse_undeclared_pooler
 from ._sql.statements import plain_cursor, statement
 
-__all__ = ["AdminStore", "CallersConnection", "Step", "SyncAdminStore"]
+__all__ = ["AdminStore", "CallersConnection", "Step", "SyncAdminStore", "prepare_admin_session"]
 
 T = TypeVar("T")
 
@@ -63,27 +62,34 @@ def _notify_groups(conn: psycopg.Connection[Any], groups: frozenset[uuid.UUID]) 
         notify.notify_group(conn, group_id)
 
 
+def prepare_admin_session(conn: psycopg.Connection[Any], *, call_timeout: float) -> None:
+    """Settings for connections that carry an admin's statements only."""
+    prepare_session(conn, call_timeout=call_timeout)
+    # A parallel plan reads and sorts every candidate of a page before it hands over the first one.
+    conn.execute("SET max_parallel_workers_per_gather = 0")
+
+
+def open_line(breaker: Breaker, conninfo: str, *, call_timeout: float, pooled: bool, size: int) -> Line:
+    """Return the line of an admin's connections; they are opened on demand."""
+
+    def prepare(conn: psycopg.Connection[Any]) -> None:
+        refuse_undeclared_pooler(conn, declared=pooled)
+        if not pooled:
+            prepare_admin_session(conn, call_timeout=call_timeout)
+
+    return Line(
+        "admin", conninfo, breaker, call_timeout=call_timeout, prepare=prepare, size=size, pooled=pooled
+    )
+
+
 class AdminStore:
     """Connections for Trio tasks."""
 
     def __init__(self, conninfo: str, *, schema: str, call_timeout: float, pooled: bool) -> None:
         self._schema = schema
         self._breaker = Breaker()
-        self._pid = os.getpid()
-
-        def prepare(conn: psycopg.Connection[Any]) -> None:
-            refuse_undeclared_pooler(conn, declared=pooled)
-            if not pooled:
-                prepare_session(conn, call_timeout=call_timeout)
-
-        self._line = Line(
-            "admin",
-            conninfo,
-            self._breaker,
-            call_timeout=call_timeout,
-            prepare=prepare,
-            size=CONNECTIONS,
-            pooled=pooled,
+        self._line = open_line(
+            self._breaker, conninfo, call_timeout=call_timeout, pooled=pooled, size=CONNECTIONS
         )
 
     async def open(self) -> None:
@@ -105,19 +111,25 @@ class SyncAdminStore:
 
     def __init__(self, conninfo: str, *, schema: str, call_timeout: float, pooled: bool) -> None:
         self._schema = schema
-        self._store = SyncStore(conninfo, schema=schema, call_timeout=call_timeout, pooled=pooled)
+        self._breaker = Breaker()
+        self._lock = threading.Lock()
+        self._line = open_line(self._breaker, conninfo, call_timeout=call_timeout, pooled=pooled, size=1)
 
     def open(self) -> None:
         """Connect and verify the schema."""
-        self._store.check()
+        with self._lock:
+            self._line.call("connecting", lambda call: check_schema(call.conn, self._schema))
 
     def run(self, step: Step[T]) -> T:
         """Do a step in this thread."""
-        return self._store.run(step.operation, lambda call: perform(call, self._schema, step))
+        with self._lock:
+            return self._line.call(step.operation, lambda call: perform(call, self._schema, step))
 
     def close(self) -> None:
-        """Close the connection."""
-        self._store.close()
+        """Close the connection and end the breaker's thread."""
+        with self._lock:
+            self._line.close()
+            self._breaker.close()
 
 
 class CallersConnection:

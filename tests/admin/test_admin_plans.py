@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from plans import Plan, explain, recorded
-from tools import SCHEMA, Connection, Group, open_session, put
+from tools import PATIENCE, SCHEMA, Connection, Group, open_session, put
 
 from triojobs._admin_model import JobFilter
+from triojobs._admin_store import prepare_admin_session
 from triojobs._sql import listing, selecting
 from triojobs._sql.selecting import Bounds, Search
 
@@ -74,6 +75,7 @@ class Grown:
 @pytest.fixture(scope="module")
 def grown(shared_database: str) -> Iterator[Grown]:
     with open_session(shared_database, prepare_threshold=None) as conn:
+        prepare_admin_session(conn, call_timeout=PATIENCE)
         yield Grown(conn)
 
 
@@ -177,6 +179,7 @@ def test_plans_made_while_the_tables_were_small_do_not_walk_them(
 ) -> None:
     if statistics == "of empty tables":
         db.execute("VACUUM ANALYZE")
+    prepare_admin_session(db, call_timeout=PATIENCE)
     put(db, 3)
     which = FULL_PAGES[name]
     (statement,) = recorded(db, listing.summaries, SCHEMA, Search(which, which.statuses), Bounds(), limit=50)
