@@ -153,6 +153,16 @@ CREATE UNLOGGED TABLE triojobs.waiting (
     PRIMARY KEY (queue, group_id)
 );
 
+-- The witness that a group's leases are what its process believes. Unlogged: crash recovery and the
+-- promotion of a standby empty it, and those are the moments at which committed transactions may have
+-- been lost (asynchronous commit, asynchronous replication); a clean restart keeps it. A claim needs the
+-- witness of its group, and the group writes it anew after it has compared its leases. The start time
+-- of the server would not do: when one backend crashes, the others are restarted under the same
+-- postmaster, and a pooler hides restarts altogether.
+CREATE UNLOGGED TABLE triojobs.witnesses (
+    group_id uuid PRIMARY KEY
+);
+
 -- Status, decided in one place and under one snapshot.
 CREATE VIEW triojobs.job_status AS
 SELECT j.id, j.queue,

@@ -14,11 +14,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
     0: "_errors _model _options _version _admin_model",
-    1: "_lifecycle _ledger _lease _backoff _codec _queue _store _demand _memory_tables",
+    1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables",
     2: "_sql",
     3: "_bridge _listener _postgres _wake _memory _admin_store",
-    4: "_fetcher _handling _verdict _settler _heartbeat _registration _group _job _flusher",
-    5: "__init__ _open _client _outbox _sync_client _admin _sync_admin _admin_steps testing",
+    4: "_fetcher _handling _verdict _settler _heartbeat _comparison _registration _stacks _group _job _flusher",
+    5: "__init__ _open _client _outbox _sync_client _admin _sync_admin _admin_steps _explore testing",
     6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

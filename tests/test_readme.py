@@ -76,6 +76,18 @@ async def test_the_chapters_programs_work_together(
     assert "done Receipt" in capsys.readouterr().out
 
 
+def test_the_chapter_on_testing_tests(shop: dict[str, Any]) -> None:
+    trio.run(shop["test_one_handler_against_a_made_up_job"])
+    shop["test_a_cancel_at_any_instant_does_no_harm"]()
+
+
+async def test_the_chapter_on_testing_drains(conninfo: str, shop: dict[str, Any]) -> None:
+    async with triojobs.open_client(conninfo) as client:
+        job_id = await client.enqueue(shop["emails"], shop["SendEmail"]("ada@example.com"))
+        await shop["test_all_jobs_until_nothing_is_left"](conninfo)
+        assert await client.result(job_id, shop["emails"]) == shop["Receipt"](f"message-{job_id}")
+
+
 def test_the_sql_enqueues(conninfo: str) -> None:
     (statement,) = re.findall(r"``(select triojobs\.enqueue\(.*\))``", TEXT)
     with psycopg.connect(conninfo) as conn:

@@ -5,8 +5,8 @@ It waits for a free slot and for a reason to look (a wake-up, a full last claim,
 sleeps on a queue it commits a mark and claims once more: whoever adds work after that sees the mark
 and notifies.
 
-If a claim ends with anything but rows or a clean error, its commit may still come. Nothing is
-claimed until the epoch was raised and the strays were released.
+If a claim ends with anything but rows or a clean error, its commit may still come; if it is refused,
+the database may have lost others. Then nothing is claimed until ledger and leases were compared.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Fetcher:
         self._demand = Demand({}, linger=options.claim_linger, cap=options.concurrency)
         self._marked: set[str] = set()
         self._listening = False
+        self._listened = False
         self._poll_at = -math.inf
         self._promote_at = -math.inf
         self._due_at = math.inf
@@ -60,9 +61,12 @@ class Fetcher:
 
     def listening(self, healthy: bool) -> None:
         """LISTEN was (re-)established or lost: what was notified in between is lost, so look again."""
+        if healthy and self._listened:
+            # The server may have been away: a beat tells at once what it lost, also when no slot is free.
+            self._store.beat_now(self._live.group_id)
         self._listening = healthy
-        self._marked.clear()
-        self._look_everywhere()
+        self._listened = self._listened or healthy
+        self.look_anew()
 
     def queue_woken(self, queue: str) -> None:
         """Work was added to this queue, or its earliest due time moved forward."""
@@ -73,6 +77,11 @@ class Fetcher:
     def group_woken(self) -> None:
         """One of our jobs shall be cancelled: a beat brings the requests."""
         self._store.beat_now(self._live.group_id)
+
+    def look_anew(self) -> None:
+        """Forget what we told the database about our sleep; it may be lost."""
+        self._marked.clear()
+        self._look_everywhere()
 
     # The task.
 
@@ -91,17 +100,17 @@ class Fetcher:
                         self._failures += 1
                         log.warning("%s", exc, extra={"event": "claim_failed", "sqlstate": exc.sqlstate})
                         await trio.sleep(reconnect_delay(self._failures, random.random))
-                        self._marked.clear()
-                        self._look_everywhere()
+                        self.look_anew()
         finally:
             self._live.fetching.value = False
 
     async def _round(self) -> None:
-        if self._live.unknown_claim:
-            await self._sweep()
         wants = await self._wait_for_demand()
         sent = trio.current_time()
         reply = await self._claim(wants, sent)
+        if reply.refused:
+            self._live.doubt()
+            return
         # No await from here to the hand-over, and none needed: the ledger has owned the rows since
         # their commit.
         if not self._live.fetch_scope.cancel_called:
@@ -111,6 +120,8 @@ class Fetcher:
 
     async def _wait_for_demand(self) -> dict[str, int]:
         while True:
+            if self._live.in_doubt.value:
+                await self._live.in_doubt.wait_value(False)
             now = trio.current_time()
             if now >= min(self._poll_at, self._due_at):
                 self._look_everywhere()
@@ -144,12 +155,14 @@ class Fetcher:
             promote=self._demand.queues if promote else (),
         )
         try:
-            reply = await self._store.claim(order, self._live.ledger.book)
+            reply = await self._store.claim(order, self._live.book)
         except trio.Cancelled:
             raise  # it was never sent
         except BaseException as exc:
             # Anything but a clean refusal may still commit.
-            self._live.unknown_claim = not (isinstance(exc, DatabaseError) and exc.committed is False)
+            if not (isinstance(exc, DatabaseError) and exc.committed is False):
+                self._live.unknown_claim = True
+                self._live.doubt()
             raise
         self._demand.claimed(now)
         if promote:
@@ -176,10 +189,3 @@ class Fetcher:
                 self._marked -= full
         for queue in short:
             self._demand.satisfied(queue)
-
-    async def _sweep(self) -> None:
-        self._live.epoch = await self._store.sweep_strays(self._live.group_id, self._live.ledger.known)
-        self._live.unknown_claim = False
-        log.warning(
-            "swept the strays of a claim of unknown fate", extra={"event": "swept", "epoch": self._live.epoch}
-        )

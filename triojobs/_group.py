@@ -24,7 +24,6 @@ import math
 import os
 import random
 import socket
-import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from trio_util import AsyncBool
 
 from ._backoff import reconnect_delay
 from ._client import Client
+from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
 from ._fetcher import Fetcher
 from ._flusher import Flusher
@@ -57,6 +57,7 @@ from ._options import GroupOptions
 from ._queue import Worker
 from ._registration import LiveRegistration
 from ._settler import Settler
+from ._stacks import stack_of_task
 from ._store import Store
 from ._version import VERSION
 
@@ -168,6 +169,7 @@ class WorkerGroup:
             rescued=sum(r.rescued_jobs for r in self._registrations),
             lease_until=-math.inf if live is None or live.closed else live.lease.until,
             registrations=len(self._registrations),
+            loop_blocked=sum(r.beacon.blocks for r in self._registrations),
         )
 
     def __repr__(self) -> str:
@@ -194,7 +196,7 @@ class WorkerGroup:
             margin=self._options.lease_margin,
             interval=self._options.beat_interval,
         )
-        live = LiveRegistration(record, lease)
+        live = LiveRegistration(record, lease, loop_dead_after=self._options.loop_death)
         # Appended before the call: if its reply is lost, the closing closes this one too.
         self._registrations.append(live)
         try:
@@ -248,10 +250,11 @@ class WorkerGroup:
 
     @trio.lowlevel.enable_ki_protection
     async def _run_services(self, live: LiveRegistration, queues: Sequence[str], fetcher: Fetcher) -> None:
-        """Watch the lease and listen, until the registration is closed or the group is cancelled."""
+        """Watch the lease, compare and listen, until the registration is closed or the group is cancelled."""
         with live.service_scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_lease, live, self._store)
+                nursery.start_soon(compare_when_in_doubt, live, self._store, fetcher.look_anew)
                 if self._options.notify:
                     nursery.start_soon(self._store.listen, live.group_id, queues, fetcher)
 
@@ -422,7 +425,7 @@ class WorkerGroup:
                 log.warning(
                     "the handler of job %d does not end although it was cancelled; its lease is kept:\n%s",
                     running.claim.job_id,
-                    _stack(running.task),
+                    stack_of_task(running.task),
                     extra={"event": "handler_does_not_end", "job_id": running.claim.job_id},
                 )
 
@@ -560,8 +563,3 @@ async def _any_true(first: AsyncBool, second: AsyncBool) -> None:
 
         nursery.start_soon(wait, first)
         nursery.start_soon(wait, second)
-
-
-def _stack(task: trio.lowlevel.Task) -> str:
-    frames = list(task.iter_await_frames())
-    return "".join(traceback.StackSummary.extract((f, line) for f, line in frames).format())

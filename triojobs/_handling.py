@@ -203,7 +203,9 @@ class Slots:
         self._on_free()
 
     def _prepare(self, claim: Claim, claimed_at: float, running: Running) -> Job[Any] | None:
-        """Return the job, or None when it is settled without being run."""
+        """Return the job, or None when it is settled without being run, or not ours any more."""
+        if not self._ledger.owns(claim):
+            return None
         if self._busy_ids[claim.job_id]:
             # Our lease was lost and its handler does not obey: no second one beside it.
             self._settle(claim, Verdict(Outcome.SNOOZED, delay=RESTING))
@@ -274,7 +276,8 @@ class Slots:
             claim,
             Settlement(claim.job_id, claim.claim_no, verdict.outcome, error=verdict.error, delay=delay),
         )
-        if verdict.log_error is not None or (not owned and verdict.error is not None):
+        told = verdict.outcome is Outcome.CANCELLED  # whoever cancelled it knows why
+        if verdict.log_error is not None or (not owned and verdict.error is not None and not told):
             log.error(
                 "job %d of %r raised while it was being cancelled, or after its commit: %s",
                 claim.job_id,

@@ -56,6 +56,24 @@ class Ledger:
         with self._lock:
             return [(claim.job_id, claim.claim_no) for claim in self._claims.values()]
 
+    # In the thread that compared ledger and leases.
+
+    def lose(self, missing: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Forget claims that the database does not know (any more), as stale; return them.
+
+        One that has ended stays for its settlement: either that is what took the row away, or it
+        will find nothing.
+        """
+        lost: list[tuple[int, int]] = []
+        with self._lock:
+            for job_id, claim_no in missing:
+                claim = self._claims.get(job_id)
+                if claim is not None and claim.claim_no == claim_no and job_id not in self._ended:
+                    del self._claims[job_id]
+                    self.stale += 1
+                    lost.append((job_id, claim_no))
+        return lost
+
     # On the event loop: no await stands between these calls and what they decide.
 
     def take_booked(self) -> list[Claim]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import math
 import random as random_module
 import uuid
 from collections import deque
@@ -23,9 +24,10 @@ import outcome
 import trio
 
 from ._backoff import reconnect_delay
+from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
-from ._memory_tables import EPOCH, OutcomeRow, Tables
+from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
 from ._model import (
     Claim,
     Enqueued,
@@ -37,7 +39,7 @@ from ._model import (
     Settled,
     Settlement,
 )
-from ._store import BeatEvents, ClaimOrder, ClaimReply, ListenEvents
+from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 from ._wake import Wake
 
 __all__ = ["Crossing", "Fault", "MemoryDatabase", "MemoryStore", "MemoryTransaction"]
@@ -151,6 +153,20 @@ class MemoryDatabase:
         """Return the ids of the jobs that run under this registration."""
         return sorted(row.id for row in self.tables.leases.values() if row.group_id == group_id)
 
+    def make_up(self, row: NewRow, *, attempt: int, last_error: str) -> int:
+        """Enqueue a job whose attempts before `attempt` have failed; return its id."""
+        now, tables = self.clock(), self.tables
+        job_id = tables.enqueue([row], now)[0].id
+        maker = Registration(uuid.uuid4(), "made up", "nowhere", 0, "0", lease_duration=1.0)
+        tables.register(maker, now)
+        for claim_no in range(1, attempt):
+            tables.lease(job_id, maker.group_id, claim_no, now)
+            failed = Settlement(job_id, claim_no, Outcome.FAILED, error=last_error)
+            tables.settle(maker.group_id, [failed], now)
+            tables.promote([row.queue], now)
+        tables.close_group(maker.group_id, now)
+        return job_id
+
     def retire(self, group_id: uuid.UUID) -> int:
         """Do what a rescuer does to a group whose lease has ended; return the number of its jobs."""
         jobs, queues = self.tables.rescue([group_id], self.clock())
@@ -174,6 +190,19 @@ class MemoryDatabase:
     def check_invariants(self) -> None:
         """Raise AssertionError unless each job is in one place, attempts are exact, claims ended once."""
         self.tables.check_invariants()
+
+    def snapshot(self) -> Snapshot:
+        """Return what is committed now, for `crash`."""
+        return self.tables.snapshot()
+
+    def crash(self, kept: Snapshot) -> None:
+        """Crash and come back at once, without what was committed after `kept` was taken.
+
+        As PostgreSQL does with asynchronous commits, or a standby with asynchronous replication: the
+        tables go back to `kept`, unlogged ones are empty, listeners lose their connections.
+        """
+        self.tables.crash(kept)
+        self.break_listeners()
 
     def break_listeners(self) -> None:
         """Cut every listener's connection; each connects again by itself."""
@@ -319,7 +348,10 @@ class MemoryStore:
 
         await self._call("register", self._claim_line, effect, lease.confirm)
 
-    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
+    async def hold_lease(
+        self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
+    ) -> None:
+        # No thread: when the event loop does not turn, nobody is left to look at the beacon.
         group_id = registration.group_id
         control = self._beats.setdefault(group_id, BeatControl())
         line = trio.CapacityLimiter(1)
@@ -347,17 +379,20 @@ class MemoryStore:
     ) -> bool:
         sent = self.now()
         try:
-            requests = await self._call("beat", line, lambda: self._tables.beat(group_id, self.now()))
+            found = await self._call("beat", line, lambda: self._tables.beat(group_id, self.now()))
         except DatabaseError as exc:
             lease.fail()
             log.warning("%s", exc, extra={"event": "beat_failed"})
             return True
-        if requests is None:
+        if found is None:
             if not control.stopped:  # once closing has begun, a closed row is no news
                 lease.lose()
                 events.lease_lost()
             return False
         lease.confirm(sent)
+        requests, witnessed = found
+        if not witnessed:
+            events.must_compare()
         if requests:
             events.cancel_requests(requests)
         if (reason := self._tables.drains.get(group_id)) is not None:
@@ -420,7 +455,8 @@ class MemoryStore:
             got = dict.fromkeys(order.wants, 0)
             for claimed in claims:
                 got[claimed.queue] += 1
-            return ClaimReply(got, promoted, due), claims
+            refused = not claims and not self._tables.may_claim(order.group_id, order.epoch)
+            return ClaimReply(got, promoted, due, refused=refused), claims
 
         def reply(value: tuple[ClaimReply, list[Claim]]) -> None:
             answer, claims = value
@@ -430,14 +466,22 @@ class MemoryStore:
 
         return (await self._call("claim", self._claim_line, effect, reply))[0]
 
-    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
-        epoch, _ = await self._call(
-            "sweep_strays",
-            self._claim_line,
-            lambda: self._tables.sweep_strays(group_id, known(), self.now()),
-            lambda found: self.database.notify_waiting(found[1]),
-        )
-        return epoch
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
+        def effect() -> tuple[int, list[tuple[int, int]], int, set[str]] | None:
+            return self._tables.compare(group_id, known, self.now())
+
+        def reply(found: tuple[int, list[tuple[int, int]], int, set[str]] | None) -> None:
+            if found is not None:
+                missing(found[1])
+                self.database.notify_waiting(found[3])
+
+        found = await self._call("compare", self._claim_line, effect, reply)
+        return None if found is None else Compared(epoch=found[0], released=found[2])
 
     async def mark_waiting(self, group_id: uuid.UUID, queues: Collection[str], waiting: bool) -> None:
         marks = {(queue, group_id) for queue in queues}
@@ -550,8 +594,9 @@ class MemoryStore:
         if status != "done":
             raise StaleClaimError(claim.job_id, operation="committing") from exc
 
-    async def idle(self, queues: Collection[str]) -> bool:
-        return await self._call("idle", self._client_line, lambda: self._tables.idle(queues, self.now()))
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
+        until = math.inf if scheduled else self.now()
+        return await self._call("idle", self._client_line, lambda: self._tables.idle(queues, until))
 
     # The client.
 

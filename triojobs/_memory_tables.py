@@ -10,12 +10,13 @@ from __future__ import annotations
 import datetime as dt
 import heapq
 import json
+import math
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from ._errors import DatabaseError, DuplicateJobError, JobNotFoundError, OptionError
 from ._model import (
@@ -31,8 +32,21 @@ from ._model import (
     Settlement,
 )
 
-__all__ = ["EPOCH", "PROMOTE_LIMIT", "GroupRow", "LeaseRow", "OutcomeRow", "Tables"]
+__all__ = ["EPOCH", "PROMOTE_LIMIT", "GroupRow", "LeaseRow", "OutcomeRow", "Snapshot", "Tables"]
 
+TABLES: Final = (
+    "jobs",
+    "ready",
+    "scheduled",
+    "leases",
+    "outcomes",
+    "keys",
+    "groups",
+    "waiting",
+    "witnesses",
+    "_fences",
+)
+Snapshot: TypeAlias = dict[str, Any]
 PROMOTE_LIMIT: Final = 1000  # as in PostgreSQL, so that a fetcher meets the same full promotions
 EPOCH: Final = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)  # what the clock's zero is called as a datetime
 
@@ -136,6 +150,7 @@ class Tables:
         self.waiting: set[tuple[str, uuid.UUID]] = set()
         self.paused: set[str] = set()
         self.drains: dict[uuid.UUID, str] = {}
+        self.witnesses: set[uuid.UUID] = set()
         self.last_id = 0
         self._outcome_no = 0
         self._fences: set[tuple[int, uuid.UUID, int]] = set()
@@ -153,14 +168,26 @@ class Tables:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo everything (but ids that were handed out) when the block raises."""
-        names = ("jobs", "ready", "scheduled", "leases", "outcomes", "keys", "groups", "waiting", "_fences")
-        before = {name: getattr(self, name).copy() for name in names}
+        before = self.snapshot()
         try:
             yield
         except BaseException:
-            for name in names:
-                setattr(self, name, before[name])
+            self._restore(before)
             raise
+
+    def snapshot(self) -> Snapshot:
+        """Return all rows as they are now."""
+        return {name: getattr(self, name).copy() for name in TABLES}
+
+    def crash(self, kept: Snapshot) -> None:
+        """Lose what was committed after `kept` was taken; the unlogged tables are empty afterwards."""
+        self._restore(kept)
+        self.waiting.clear()
+        self.witnesses.clear()
+
+    def _restore(self, rows: Snapshot) -> None:
+        for name in TABLES:
+            setattr(self, name, rows[name].copy())
 
     # Enqueue.
 
@@ -269,14 +296,13 @@ class Tables:
         moved = heapq.nsmallest(PROMOTE_LIMIT, due, key=lambda row: (row.run_at, row.id))
         for row in moved:
             self.ready[row.id] = self.scheduled.pop(row.id)
-        left = [row.run_at for row in mine if row.id in self.scheduled]
-        return Counter(row.queue for row in moved), min(left) - now if left else None
+        due_at = self.next_due(queues)
+        return Counter(row.queue for row in moved), None if due_at == math.inf else due_at - now
 
     def claim(
         self, group_id: uuid.UUID, epoch: int, claim_no: int, wants: Mapping[str, int], now: float
     ) -> list[Claim]:
-        group = self.groups.get(group_id)
-        if group is None or group.epoch != epoch or group.closed_at is not None:
+        if not self.may_claim(group_id, epoch):
             return []
         taken: list[WaitingRow] = []
         for queue, want in wants.items():
@@ -285,9 +311,18 @@ class Tables:
             line = (row for row in self.ready.values() if row.queue == queue)
             taken += heapq.nsmallest(want, line, key=lambda row: row.place)
         taken.sort(key=lambda row: row.place)
-        return [self._lease(self.ready.pop(row.id), group_id, claim_no, now) for row in taken]
+        return [self.lease(row.id, group_id, claim_no, now) for row in taken]
 
-    def _lease(self, row: WaitingRow, group_id: uuid.UUID, claim_no: int, now: float) -> Claim:
+    def may_claim(self, group_id: uuid.UUID, epoch: int) -> bool:
+        """Return whether a claim of this group could match rows at all."""
+        group = self.groups.get(group_id)
+        if group is None or group.epoch != epoch or group.closed_at is not None:
+            return False
+        return group_id in self.witnesses
+
+    def lease(self, job_id: int, group_id: uuid.UUID, claim_no: int, now: float) -> Claim:
+        """Claim this one, which is due."""
+        row = self.ready.pop(job_id)
         fence = (row.id, group_id, claim_no)
         assert fence not in self._fences, f"claim {fence} was made before"
         assert row.id not in self.leases, f"job {row.id} runs already"
@@ -420,38 +455,56 @@ class Tables:
                 sqlstate="23505",
             )
         self.groups[registration.group_id] = GroupRow(registration, 1, now + registration.lease_duration)
+        self.witnesses.add(registration.group_id)
 
-    def beat(self, group_id: uuid.UUID, now: float) -> list[CancelRequest] | None:
-        """Prolong the lease; None: the group is closed."""
+    def beat(self, group_id: uuid.UUID, now: float) -> tuple[list[CancelRequest], bool] | None:
+        """Prolong the lease; return open cancel requests, and whether the witness is there.
+
+        None: the group is closed.
+        """
         group = self.groups.get(group_id)
         if group is None or group.closed_at is not None:
             return None
         self.groups[group_id] = replace(group, lease_until=now + group.registration.lease_duration)
-        return [
+        requests = [
             CancelRequest(lease.id, lease.claim_no, lease.cancel_reason)
             for lease in self.leases.values()
             if lease.group_id == group_id and lease.cancel_reason is not None
         ]
+        return requests, group_id in self.witnesses
 
     def close_group(self, group_id: uuid.UUID, now: float) -> tuple[list[Settled], set[str]]:
         self._close([group_id], now)
         return self._release([row for row in self.leases.values() if row.group_id == group_id], now)
 
-    def sweep_strays(
-        self, group_id: uuid.UUID, known: Sequence[tuple[int, int]], now: float
-    ) -> tuple[int, set[str]]:
-        """Return the new epoch (-1: there is no such group) and the queues of what was released."""
+    def compare(
+        self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]], now: float
+    ) -> tuple[int, list[tuple[int, int]], int, set[str]] | None:
+        """Return the new epoch, what is missing, how many rows went back, and the queues of these.
+
+        None: the group is closed or gone.
+        """
         group = self.groups.get(group_id)
-        if group is not None:
-            self.groups[group_id] = replace(group, epoch=group.epoch + 1)
-        kept = set(known)
+        if group is None or group.closed_at is not None:
+            return None
+        self.groups[group_id] = replace(group, epoch=group.epoch + 1)
+        self.witnesses.add(group_id)
+        claims = known()
+        missing = [
+            (job_id, claim_no)
+            for job_id, claim_no in claims
+            if self.fenced(group_id, job_id, claim_no) is None
+            and self.outcome_of_claim(group_id, job_id, claim_no) is None
+        ]
+        kept = set(claims)
         strays = [
             row
             for row in self.leases.values()
             if row.group_id == group_id and (row.id, row.claim_no) not in kept
         ]
-        _, queues = self._release(strays, now)
-        return (-1 if group is None else group.epoch + 1), queues
+        written, queues = self._release(strays, now)
+        released = sum(row.outcome is Outcome.RELEASED for row in written)
+        return group.epoch + 1, missing, released, queues
 
     def lapsed(self, now: float) -> list[uuid.UUID]:
         """Return the groups whose lease has ended and that nobody has closed."""
@@ -488,6 +541,7 @@ class Tables:
             if group is not None and group.closed_at is None:
                 self.groups[group_id] = replace(group, closed_at=now)
         self.waiting = {(queue, group_id) for queue, group_id in self.waiting if group_id not in groups}
+        self.witnesses -= set(groups)
 
     def _release(self, leases: Sequence[LeaseRow], now: float) -> tuple[list[Settled], set[str]]:
         written: list[Settled] = []
@@ -606,6 +660,10 @@ class Tables:
             or any(row.queue in queues and row.run_at <= now for row in self.scheduled.values())
             or any(row.queue in queues for row in self.leases.values())
         )
+
+    def next_due(self, queues: Collection[str]) -> float:
+        """Return when the earliest scheduled row of these queues is due; infinity: there is none."""
+        return min((row.run_at for row in self.scheduled.values() if row.queue in queues), default=math.inf)
 
     # What must always hold.
 

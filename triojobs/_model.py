@@ -296,6 +296,8 @@ class GroupStatistics:
         lease_until: when the lease must be thought lost, on the group's clock (seconds);
             minus infinity when there is none.
         registrations: how often the group registered (1 unless its lease was lost).
+        loop_blocked: how often something blocked the event loop for about a second or longer while
+            jobs were in hand; the log says where.
     """
 
     running: int
@@ -308,3 +310,4 @@ class GroupStatistics:
     rescued: int
     lease_until: float
     registrations: int
+    loop_blocked: int

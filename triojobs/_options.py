@@ -111,6 +111,10 @@ class GroupOptions:
             Longer survives longer stalls, shorter brings jobs of a dead process back sooner.
         lease_margin: how long before the end of the lease handlers are cancelled (> 0).
         beat_interval: time between beats; at least two must fit into lease_duration - lease_margin.
+        loop_dead_after: how long the event loop may be blocked while it holds jobs before the beats,
+            which do not need it, stop and others get the jobs (>= lease_duration; inf: never). None: 10
+            times lease_duration: a block of minutes is a mistake that people want to survive, one that
+            never ends must not keep jobs for ever.
         poll_interval: longest time that a due job waits when no notification can arrive (> 0).
         listening_poll_interval: the same while LISTEN is healthy: the price of a lost notification.
         rescan_interval: how long a job that became visible out of order may be overlooked (> 0).
@@ -132,6 +136,7 @@ class GroupOptions:
     lease_duration: float = 30.0
     lease_margin: float = 5.0
     beat_interval: float = 6.0
+    loop_dead_after: float | None = None
     poll_interval: float = 1.0
     listening_poll_interval: float = 5.0
     rescan_interval: float = 1.0
@@ -173,6 +178,8 @@ class GroupOptions:
                 f"at most half of lease_duration - lease_margin ({usable / 2:g}), "
                 "so that one lost beat does not cost the lease",
             )
+        if self.loop_dead_after is not None and self.loop_dead_after != math.inf:
+            checked_seconds("loop_dead_after", self.loop_dead_after, least=self.lease_duration)
         if self.job_connections is not None:
             checked_count("job_connections", self.job_connections, most=1000)
         if self.concurrency is not None:
@@ -187,6 +194,11 @@ class GroupOptions:
     def exit_bound(self) -> float:
         """Longest time that leaving the group takes, given handlers that obey cancellation."""
         return self.grace_period + self.close_timeout + self.call_timeout + 1.0
+
+    @property
+    def loop_death(self) -> float:
+        """`loop_dead_after` with its default filled in."""
+        return 10 * self.lease_duration if self.loop_dead_after is None else self.loop_dead_after
 
     @property
     def rescue_interval(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -15,18 +16,19 @@ import trio
 from psycopg.rows import tuple_row
 
 from ._backoff import reconnect_delay
+from ._beacon import Beacon
 from ._bridge import IDLE, Breaker, BrokenOff, Call, Line, check_cancelled, clock, run_in_thread
 from ._errors import DatabaseError, SchemaError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._listener import listen
-from ._model import CancelRequest, Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
+from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
-from ._sql import groups, inspect, notify, operate, pausing, settle
+from ._sql import groups, inspect, notify, operate, settle
 from ._sql.failures import translate
 from ._sql.schema import check_schema
 from ._sql.session import prepare_job_session, prepare_session, refuse_undeclared_pooler
-from ._store import BeatEvents, ClaimOrder, ClaimReply, ListenEvents
+from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 
 __all__ = ["PostgresStore"]
 
@@ -141,10 +143,12 @@ class PostgresStore:
 
         await self._claim_line.run("registering the worker group", work)
 
-    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
+    async def hold_lease(
+        self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
+    ) -> None:
         control = self._beats.setdefault(registration.group_id, BeatControl())
         line = self._line("heartbeat")
-        loop = BeatLoop(line, self, registration, lease, events, control)
+        loop = BeatLoop(line, self, registration, lease, beacon, events, control)
         try:
             await run_in_thread(loop.run, trio.CapacityLimiter(1))
         finally:
@@ -196,18 +200,28 @@ class PostgresStore:
             for claimed in claims:
                 got[claimed.queue] += 1
             self.notify_later(call, {q for q, n in promoted.items() if n > got.get(q, 0)})
-            return ClaimReply(got, promoted, due)
+            refused = not claims and not claim_sql.may_claim(
+                call.conn, self.schema, group_id=order.group_id, epoch=order.epoch
+            )
+            return ClaimReply(got, promoted, due, refused=refused)
 
         return await self._claim_line.run("claiming jobs", work)
 
-    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
-        def work(call: Call) -> int:
-            epoch, queues = groups.sweep_strays(call.conn, self.schema, group_id, known())
-            self.notify_later(call, set(queues))
-            # Without a row the group has been rescued; no epoch matches, and the next beat tells.
-            return -1 if epoch is None else epoch
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
+        def work(call: Call) -> Compared | None:
+            found = groups.compare(call.conn, self.schema, group_id, known)
+            if found is None:
+                return None
+            call.on_commit(lambda: missing(found.missing))
+            self.notify_later(call, found.queues)
+            return Compared(found.epoch, found.released)
 
-        return await self._claim_line.run("sweeping claims of unknown fate", work)
+        return await self._claim_line.run("comparing the leases of the worker group", work)
 
     async def mark_waiting(self, group_id: uuid.UUID, queues: Collection[str], waiting: bool) -> None:
         mark = notify.mark_waiting if waiting else notify.unmark_waiting
@@ -295,9 +309,10 @@ class PostgresStore:
                     await trio.sleep(pause)
         raise AssertionError  # a shield swallows nothing
 
-    async def idle(self, queues: Collection[str]) -> bool:
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
         return await self._client_line.run(
-            "looking whether the queues are idle", lambda call: inspect.idle(call.conn, self.schema, queues)
+            "looking whether the queues are idle",
+            lambda call: inspect.idle(call.conn, self.schema, queues, scheduled=scheduled),
         )
 
     # The client.
@@ -462,6 +477,7 @@ class BeatControl:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._poked = False
+        self._nudged = False
         self.stopped = False
 
     def poke(self) -> None:
@@ -470,25 +486,33 @@ class BeatControl:
             self._poked = True
             self._changed.notify()
 
+    def nudge(self) -> None:
+        """Have the loop think again about how long to wait."""
+        with self._changed:
+            self._nudged = True
+            self._changed.notify()
+
     def stop(self) -> None:
         """End the loop after the call in flight."""
         with self._changed:
             self.stopped = True
             self._changed.notify()
 
-    def wait(self, seconds: float) -> None:
-        """Wait until poked, stopped, or `seconds` have passed."""
+    def wait(self, seconds: float) -> bool:
+        """Wait until poked, nudged or stopped, or until `seconds` have passed; return whether poked."""
         with self._changed:
-            if not self._poked and not self.stopped:
+            if not self._poked and not self._nudged and not self.stopped:
                 self._changed.wait(max(0.0, seconds))
-            self._poked = False
+            poked, self._poked, self._nudged = self._poked, False, False
+            return poked
 
 
 class BeatLoop:
-    """Beats, hands over cancel requests, and rescues dead groups, in a thread of its own.
+    """Beats, hands over cancel requests, watches the event loop, rescues dead groups; in a thread of its own.
 
     A thread, because a beat that runs on the event loop dies with it: with the loop blocked for
-    10 s the gap was 10.2 s as a Trio task and 2.0 s as a thread.
+    10 s the gap was 10.2 s as a Trio task and 2.0 s as a thread. But a thread that beats for a loop
+    that never turns again would keep its jobs for ever: then it gives the lease up.
     """
 
     def __init__(
@@ -497,6 +521,7 @@ class BeatLoop:
         store: PostgresStore,
         registration: Registration,
         lease: Lease,
+        beacon: Beacon,
         events: BeatEvents,
         control: BeatControl,
     ) -> None:
@@ -504,20 +529,28 @@ class BeatLoop:
         self._store = store
         self._group_id = registration.group_id
         self._lease = lease
+        self._beacon = beacon
         self._events = events
         self._control = control
+        self._beat_at = lease.next_beat(clock())
+        self._look_at = math.inf
         self._rescue_interval = min(5.0, registration.lease_duration / 6)
         self._next_rescue = clock()  # the first round is at once: a restart after a crash wants its jobs
         self._next_partitions = clock() + PARTITION_INTERVAL * random.random()
 
     def run(self) -> None:
-        while not self._control.stopped:
-            self._control.wait(min(self._lease.next_beat(clock()), self._next_rescue) - clock())
-            if self._control.stopped:
+        self._beacon.watched(self._control.nudge)
+        while True:
+            due = min(self._beat_at, self._next_rescue, self._look_at)
+            poked = self._control.wait(due - clock())
+            if self._control.stopped or not self._look():
                 return
+            if not poked and clock() < min(self._beat_at, self._next_rescue):
+                continue
             # The beat always goes first: it keeps our own jobs, a rescue can wait.
             if not self._beat():
                 return
+            self._beat_at = self._lease.next_beat(clock())
             if clock() >= self._next_rescue:
                 self._next_rescue = clock() + self._rescue_interval * random.uniform(0.5, 1.0)
                 self._quietly("rescuing dead worker groups", self._rescue)
@@ -525,29 +558,44 @@ class BeatLoop:
                 self._next_partitions = clock() + PARTITION_INTERVAL * random.uniform(0.5, 1.5)
                 self._quietly("adding partitions", self._add_partitions)
 
+    def _look(self) -> bool:
+        """Look at the event loop when it is time to. False: it is dead, and its lease given up."""
+        now = clock()
+        if now >= self._look_at:
+            self._look_at = math.inf
+            if (seconds := self._beacon.look(now)) is not None:
+                self._events.loop_blocked(seconds)
+            if (seconds := self._beacon.dead_for) is not None:
+                self._lease.lose()
+                self._events.loop_dead(seconds)
+                return False
+        if self._look_at == math.inf:
+            self._look_at = self._beacon.next_look(now)
+        return True
+
     def _beat(self) -> bool:
         sent = clock()
         try:
-            requests, drain = self._line.call("beating", self._beat_and_ask)
+            found = self._line.call(
+                "beating", lambda call: groups.beat(call.conn, self._store.schema, self._group_id)
+            )
         except DatabaseError as exc:
             self._lease.fail()
             log.warning("%s", exc, extra={"event": "beat_failed"})
             return True
-        if requests is None:
+        if found is None:
             if not self._control.stopped:  # once closing has begun, a closed row is no news
                 self._lease.lose()
                 self._events.lease_lost()
             return False
         self._lease.confirm(sent)
-        if requests:
-            self._events.cancel_requests(requests)
-        if drain is not None:
-            self._events.drain_requested(drain)
+        if not found.witnessed:
+            self._events.must_compare()
+        if found.requests:
+            self._events.cancel_requests(found.requests)
+        if found.drain is not None:
+            self._events.drain_requested(found.drain)
         return True
-
-    def _beat_and_ask(self, call: Call) -> tuple[list[CancelRequest] | None, str | None]:
-        requests = groups.beat(call.conn, self._store.schema, self._group_id)
-        return requests, pausing.drain_requested(call.conn, self._store.schema, self._group_id)
 
     def _rescue(self, call: Call) -> None:
         found = groups.rescue(call.conn, self._store.schema)

@@ -7,39 +7,50 @@ are cancelled, what is left is closed, a new registration follows under a new id
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 
 import trio
 from trio_util import AsyncBool, AsyncValue
 
+from ._beacon import Beacon
 from ._lease import Lease
 from ._ledger import Ledger
-from ._model import CancelRequest, Registration
+from ._model import CancelRequest, Claim, Registration
+from ._stacks import stack_of_thread
 from ._wake import Wake
 
 __all__ = ["LiveRegistration"]
+
+log = logging.getLogger("triojobs.heartbeat")
 
 
 class LiveRegistration:
     """Everything that belongs to one group id.
 
     Attributes written by → read by:
-        lease: beat thread → lease watcher. ledger: everybody. epoch, unknown_claim: fetcher → closing.
+        lease: beat thread → lease watcher. ledger: everybody. lit: the beacon → the task that turns it.
+        epoch: comparison → fetcher. unknown_claim: fetcher, comparison → closing.
+        in_doubt: ledger and leases may differ; nothing is claimed. Fetcher, beats → comparison → fetcher.
         fetching, slots_alive (0 or 1), running: fetcher and slots → supervisor. lost: beats → supervisor.
         unanswered: (job id, claim_no) of claims whose settlement's reply was lost. Settler and closing.
         interrupted_at: Trio's clock when handlers began to be cancelled; a timeout that fires later
         is not the job's fault.
     """
 
-    def __init__(self, record: Registration, lease: Lease) -> None:
+    def __init__(self, record: Registration, lease: Lease, *, loop_dead_after: float = math.inf) -> None:
         self.record = record
         self.lease = lease
+        self.lit = Wake()
+        self.beacon = Beacon(dead_after=loop_dead_after, on_lit=self._wake_loop)
         self.unsettled = Wake()
         self.ledger = Ledger(on_ended=self.unsettled.set)
         self.epoch = 1
         self.unknown_claim = False
+        self.in_doubt = AsyncBool(False)
         self.lost = AsyncBool(False)
         self.fetching = AsyncBool(False)
         self.beating = AsyncBool(False)
@@ -58,6 +69,7 @@ class LiveRegistration:
         self.unanswered: set[tuple[int, int]] = set()
         self._claim_no = 0
         self._token = trio.lowlevel.current_trio_token()
+        self._loop_thread = threading.get_ident()
 
     @property
     def group_id(self) -> uuid.UUID:
@@ -68,6 +80,12 @@ class LiveRegistration:
         """Return a number that no claim of this registration had before."""
         self._claim_no += 1
         return self._claim_no
+
+    def book(self, claims: Sequence[Claim]) -> None:
+        """Take ownership of claimed rows, in the thread that claimed them."""
+        self.ledger.book(claims)
+        if claims:
+            self.beacon.light()
 
     def note_interruption(self) -> None:
         """Remember since when handlers are being cancelled."""
@@ -84,10 +102,17 @@ class LiveRegistration:
         self.interrupt_handlers(reason)
         self.lost.value = True
 
+    def doubt(self) -> None:
+        """Ledger and leases may differ: claim nothing until they were compared."""
+        self.in_doubt.value = True
+
     # BeatEvents. Called from the beat thread, so they only pass the news to the event loop.
 
     def lease_lost(self) -> None:
         self._token.run_sync_soon(self.lose, "this registration was closed by somebody else")
+
+    def must_compare(self) -> None:
+        self._token.run_sync_soon(self.doubt)
 
     def rescued(self, jobs: int) -> None:
         self._token.run_sync_soon(self._count_rescued, jobs)
@@ -98,6 +123,39 @@ class LiveRegistration:
 
     def drain_requested(self, reason: str) -> None:
         self._token.run_sync_soon(self._pass_on_drain, reason)
+
+    def loop_blocked(self, seconds: float) -> None:
+        # Logged here and not on the event loop, which does not turn.
+        place, stack = stack_of_thread(self._loop_thread)
+        log.warning(
+            "the event loop has been blocked for %.1f s: no handler can go on, be cancelled or time out. It is "
+            "in %s; a blocking call belongs into trio.to_thread.run_sync:\n%s",
+            seconds,
+            place,
+            stack,
+            extra={
+                "event": "loop_blocked",
+                "seconds": seconds,
+                "place": place,
+                "group_id": str(self.group_id),
+            },
+        )
+
+    def loop_dead(self, seconds: float) -> None:
+        place, stack = stack_of_thread(self._loop_thread)
+        log.error(
+            "the event loop has been blocked for %.0f s; worker group %s stops beating, so that its jobs are run "
+            "elsewhere when its lease ends. It is in %s:\n%s",
+            seconds,
+            self.group_id,
+            place,
+            stack,
+            extra={"event": "loop_dead", "seconds": seconds, "place": place, "group_id": str(self.group_id)},
+        )
+        self._token.run_sync_soon(self.lose, "the event loop was blocked for too long")
+
+    def _wake_loop(self) -> None:
+        self._token.run_sync_soon(self.lit.set)
 
     def _count_rescued(self, jobs: int) -> None:
         self.rescued_jobs += jobs

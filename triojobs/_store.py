@@ -3,8 +3,9 @@
 Two implementations pass the same contract suite: `PostgresStore` and `testing.MemoryStore`.
 
 Cancellation: every coroutine here is "cancelled before it starts, or done": `trio.Cancelled` out of
-a call means that it was never started. Nothing is abandoned in flight. Callbacks named `book` and
-`written` run right after the commit, before anything can be interrupted, possibly in a thread.
+a call means that it was never started. Nothing is abandoned in flight. Callbacks named `book`,
+`missing` and `written` run right after the commit, before anything can be interrupted, possibly in a
+thread.
 
 Errors: `DatabaseError` (with `transient` and `committed`), `SchemaError`, and what each names.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from ._beacon import Beacon
 from ._lease import Lease
 from ._model import (
     CancelRequest,
@@ -28,7 +30,7 @@ from ._model import (
     Settlement,
 )
 
-__all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "CommitPort", "ListenEvents", "Store"]
+__all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "CommitPort", "Compared", "ListenEvents", "Store"]
 
 T = TypeVar("T")
 
@@ -57,11 +59,22 @@ class ClaimReply:
         got: rows per queue. promoted: rows moved (1,000 means that more may be due).
         next_due_in: seconds until the earliest row left in `scheduled` is due; None: there is none
             or nothing was promoted.
+        refused: this group may not claim: it must `compare` first (the epoch is another one, or the
+            database may have lost commits), or its registration is over. Nothing was got.
     """
 
     got: Mapping[str, int]
     promoted: Mapping[str, int]
     next_due_in: float | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a comparison did: the epoch from now on, and how many unknown rows went back."""
+
+    epoch: int
+    released: int
 
 
 class BeatEvents(Protocol):
@@ -69,6 +82,9 @@ class BeatEvents(Protocol):
 
     def cancel_requests(self, requests: Sequence[CancelRequest]) -> None: ...
     def lease_lost(self) -> None: ...
+    def must_compare(self) -> None: ...
+    def loop_blocked(self, seconds: float) -> None: ...
+    def loop_dead(self, seconds: float) -> None: ...
     def rescued(self, jobs: int) -> None: ...
     def drain_requested(self, reason: str) -> None: ...
 
@@ -110,8 +126,13 @@ class Store(Protocol):
     async def register(self, registration: Registration, lease: Lease) -> None:
         """Insert the group's row and confirm the lease."""
 
-    async def hold_lease(self, registration: Registration, lease: Lease, events: BeatEvents) -> None:
-        """Beat, deliver requests to cancel and to drain, and rescue dead groups, until `release_lease`."""
+    async def hold_lease(
+        self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
+    ) -> None:
+        """Beat, deliver requests to cancel and to drain, and rescue dead groups, until `release_lease`.
+
+        A store that beats in a thread watches `beacon` there, and gives the lease up when it is dead.
+        """
 
     def beat_now(self, group_id: uuid.UUID) -> None:
         """Ask for a beat at once (it returns the group's cancel requests)."""
@@ -125,10 +146,20 @@ class Store(Protocol):
     async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
         """Promote and claim. A DatabaseError with `committed` not False leaves the claim unknown."""
 
-    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
-        """End unknown claims: raise the epoch, then release this group's rows that `known` lacks.
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
+        """Make the rows of this group agree with what it knows; from then on it may claim.
 
-        Returns the new epoch. Afterwards no earlier claim can commit rows.
+        Raises the epoch, so that no earlier claim can commit rows afterwards; releases this group's
+        rows that `known` lacks; and tells `missing` which of `known` have neither a lease nor an
+        outcome: the database lost them, or a settlement in flight has given them back. `known` and
+        `missing` are called as `book` is. No claim is in flight meanwhile.
+
+        Returns None when the registration is closed or gone.
         """
 
     async def mark_waiting(self, group_id: uuid.UUID, queues: Collection[str], waiting: bool) -> None:
@@ -172,8 +203,8 @@ class Store(Protocol):
             StaleClaimError: the claim has ended; everything was rolled back.
         """
 
-    async def idle(self, queues: Collection[str]) -> bool:
-        """Return whether nothing due or running is left in these queues, anywhere."""
+    async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
+        """Return whether nothing due or running (or `scheduled` for later) is left in these queues, anywhere."""
 
     # The client.
 

@@ -54,14 +54,15 @@ def test_a_closed_group_cannot_be_drained_and_an_unknown_one_is_named(db: Connec
     group = Group(db)
     assert pausing.drain(db, SCHEMA, group.id, "first")
     assert pausing.drain(db, SCHEMA, group.id, "second")
-    assert pausing.drain_requested(db, SCHEMA, group.id) == "first"
+    beat = groups.beat(db, SCHEMA, group.id)
+    assert beat is not None
+    assert beat.drain == "first"
     groups.close_group(db, SCHEMA, group.id)
     assert not pausing.drain(db, SCHEMA, group.id, "late")
     unknown = uuid.uuid4()
     with pytest.raises(triojobs.GroupNotFoundError) as caught:
         pausing.drain(db, SCHEMA, unknown, "nobody")
     assert caught.value.group_id == unknown
-    assert pausing.drain_requested(db, SCHEMA, unknown) is None
 
 
 def test_a_request_in_an_open_transaction_does_not_hold_up_beats_claims_and_closing(
@@ -70,6 +71,6 @@ def test_a_request_in_an_open_transaction_does_not_hold_up_beats_claims_and_clos
     group = Group(db)
     with connect().transaction() as tx:
         pausing.drain(tx.connection, SCHEMA, group.id, "deploy")
-        assert groups.beat(db, SCHEMA, group.id) == []
+        assert groups.beat(db, SCHEMA, group.id) == groups.Beat([], witnessed=True)
         assert group.claim(db) == []
         assert groups.close_group(db, SCHEMA, group.id) == ([], set())

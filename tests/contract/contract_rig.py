@@ -10,11 +10,12 @@ import datetime as dt
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, LiteralString, Protocol
 
 import psycopg
 import trio
 
+from triojobs._beacon import Beacon
 from triojobs._lease import Lease
 from triojobs._memory import MemoryDatabase, MemoryStore
 from triojobs._model import (
@@ -31,15 +32,24 @@ from triojobs._model import (
 from triojobs._postgres import PostgresStore
 from triojobs._queue import Queue
 from triojobs._sql import notify, pausing
-from triojobs._store import ClaimOrder, ClaimReply, Store
+from triojobs._store import ClaimOrder, ClaimReply, Compared, Store
 
 NUMBERS: Queue[int, Any] = Queue("numbers", int)
+
+UNCLAIM: LiteralString = """
+WITH lost AS (DELETE FROM triojobs.leases WHERE id = ANY (%s) RETURNING *)
+INSERT INTO triojobs.ready (id, queue, priority, run_at, attempts, max_attempts)
+SELECT id, queue, priority, run_at, attempt - 1, max_attempts FROM lost
+"""
 
 
 class World(Protocol):
     """One database and the stores on it."""
 
     def make_store(self) -> Store: ...
+
+    def crash(self, *lost: Claim) -> None:
+        """Come back from a crash in which the claims `lost` were not yet durable."""
 
     def now(self) -> dt.datetime: ...
 
@@ -56,6 +66,14 @@ class MemoryWorld:
 
     def make_store(self) -> Store:
         return MemoryStore(self.database)
+
+    def crash(self, *lost: Claim) -> None:
+        tables = self.database.tables
+        kept = tables.snapshot()
+        for claim in lost:
+            lease = kept["leases"].pop(claim.job_id)
+            kept["ready"][claim.job_id] = lease.waiting(lease.attempt - 1)
+        self.database.crash(kept)
 
     def now(self) -> dt.datetime:
         return self.database.utc_now()
@@ -76,6 +94,12 @@ class PostgresWorld:
 
     def make_store(self) -> Store:
         return PostgresStore(self.conninfo, schema="triojobs", call_timeout=20.0, job_connections=2)
+
+    def crash(self, *lost: Claim) -> None:
+        # What the rows are after a crash; a real one takes a server of its own and seconds.
+        with psycopg.connect(self.conninfo) as conn:
+            conn.execute(UNCLAIM, [[claim.job_id for claim in lost]])
+            conn.execute("TRUNCATE triojobs.waiting, triojobs.witnesses")
 
     def now(self) -> dt.datetime:
         return dt.datetime.now(dt.UTC)
@@ -113,6 +137,7 @@ class Recorder:
         self._changed = trio.Event()
         self.requests: list[CancelRequest] = []
         self.lost = 0
+        self.doubts = 0
         self.jobs_rescued = 0
         self.drains: list[str] = []
         self.heard: list[str] = []
@@ -122,6 +147,13 @@ class Recorder:
 
     def lease_lost(self) -> None:
         self._token.run_sync_soon(self._note, lambda: setattr(self, "lost", self.lost + 1))
+
+    def must_compare(self) -> None:
+        self._token.run_sync_soon(self._note, lambda: setattr(self, "doubts", self.doubts + 1))
+
+    def loop_blocked(self, seconds: float) -> None: ...
+
+    def loop_dead(self, seconds: float) -> None: ...
 
     def rescued(self, jobs: int) -> None:
         self._token.run_sync_soon(self._note, lambda: setattr(self, "jobs_rescued", self.jobs_rescued + jobs))
@@ -195,6 +227,16 @@ class Group:
         assert [(s.job_id, s.claim_no) for s in written] in ([], [(claim.job_id, claim.claim_no)])
         return written[0].outcome if written else None
 
+    async def compare(self, *known: Claim) -> tuple[Compared | None, list[tuple[int, int]]]:
+        """Compare as a ledger that knows these claims; return what the store did and what it missed."""
+        missed: list[tuple[int, int]] = []
+        found = await self.store.compare(
+            self.id, lambda: [(claim.job_id, claim.claim_no) for claim in known], missed.extend
+        )
+        if found is not None:
+            self.epoch = found.epoch
+        return found, missed
+
     async def close(self) -> list[Settled]:
         written: list[Settled] = []
         await self.store.close_group(self.id, written.extend)
@@ -207,7 +249,7 @@ class Group:
 
         async def hold() -> None:
             with trio.CancelScope(shield=True):
-                await self.store.hold_lease(self.registration, self.lease, recorder)
+                await self.store.hold_lease(self.registration, self.lease, Beacon(), recorder)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hold)

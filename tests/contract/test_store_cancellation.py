@@ -19,7 +19,7 @@ CALLS: dict[str, Callable[[Store, Group, int], Awaitable[Any]]] = {
         Registration(group.id, "twin", "host", 1, "0", 60.0), Lease(duration=60.0, margin=1.0, interval=5.0)
     ),
     "claim": lambda store, group, job_id: group.claim(1, "waiting"),
-    "sweep_strays": lambda store, group, job_id: store.sweep_strays(group.id, lambda: []),
+    "compare": lambda store, group, job_id: store.compare(group.id, list, lambda missing: None),
     "mark_waiting": lambda store, group, job_id: store.mark_waiting(group.id, ["q"], True),
     "settle": lambda store, group, job_id: group.settle(Settlement(job_id, 1, Outcome.DONE)),
     "close_group": lambda store, group, job_id: group.close(),

@@ -95,8 +95,10 @@ async def test_only_an_open_registration_of_this_epoch_claims(store: Store, grou
     closed = await Group(store).register()
     await closed.close()
     assert await closed.claim() == []
-    assert await store.sweep_strays(group.id, lambda: []) == 2
+    assert closed.reply.refused
+    await store.compare(group.id, list, lambda missing: None)
     assert await group.claim() == []
+    assert group.reply.refused
     group.epoch = 2
     assert len(await group.claim()) == 1
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
-from contract_rig import Group, enqueue, enqueue_one, read, row, status
+from contract_rig import Group, World, enqueue, enqueue_one, number_of, read, row, status
 
 from triojobs._errors import DatabaseError
 from triojobs._model import Outcome, Settled
-from triojobs._store import Store
+from triojobs._store import Compared, Store
 
 SHORT = 0.02  # seconds: a lease that is over before anybody looks
 
@@ -75,36 +77,81 @@ async def test_nothing_can_be_settled_after_the_closing(store: Store, group: Gro
     assert await status(store, answer.id) == "pending"
 
 
-# Strays.
+# Comparison.
 
 
-async def test_a_sweep_releases_what_the_ledger_does_not_know(store: Store, group: Group) -> None:
+async def test_a_comparison_releases_what_the_ledger_does_not_know(store: Store, group: Group) -> None:
     ids = await enqueue(store, *(row(n) for n in range(3)))
     claims = await group.claim()
-    assert await store.sweep_strays(group.id, lambda: [(ids[0], 1), (ids[1], 99)]) == 2
+    known = [claims[0], replace(claims[1], claim_no=99)]
+    assert await group.compare(*known) == (Compared(epoch=2, released=2), [(ids[1], 99)])
     assert [await status(store, i) for i in ids] == ["running", "pending", "pending"]
     assert await group.end(claims[0], Outcome.DONE) is Outcome.DONE
-    group.epoch = 2
     assert [(c.job_id, c.attempt) for c in await group.claim()] == [(ids[1], 1), (ids[2], 1)]
 
 
-async def test_a_sweep_leaves_other_groups_alone(store: Store, group: Group, rival: Group) -> None:
+async def test_a_comparison_leaves_other_groups_alone(store: Store, group: Group, rival: Group) -> None:
     answer = await enqueue_one(store)
     await rival.claim()
-    await store.sweep_strays(group.id, lambda: [])
+    await group.compare()
     assert await status(store, answer.id) == "running"
 
 
-async def test_a_swept_job_that_somebody_asked_to_cancel_is_cancelled(store: Store, group: Group) -> None:
+async def test_an_unknown_row_that_somebody_asked_to_cancel_is_cancelled(store: Store, group: Group) -> None:
     answer = await enqueue_one(store)
     await group.claim()
     await store.cancel_job(answer.id, "why")
-    await store.sweep_strays(group.id, lambda: [])
+    assert await group.compare() == (Compared(epoch=2, released=0), [])
     assert await status(store, answer.id) == "cancelled"
 
 
-async def test_a_sweep_without_a_registration_finds_no_epoch(store: Store) -> None:
-    assert await store.sweep_strays(Group(store).id, lambda: []) == -1
+async def test_a_registration_that_is_over_is_not_compared(store: Store, group: Group) -> None:
+    assert await Group(store).compare() == (None, [])
+    await group.close()
+    assert await group.compare() == (None, [])
+
+
+async def test_after_a_crash_nothing_is_claimed_until_ledger_and_leases_were_compared(
+    world: World, store: Store, group: Group
+) -> None:
+    ids = await enqueue(store, row(0), row(1))
+    [kept] = await group.claim(1)
+    [lost] = await group.claim(1)
+    await enqueue(store, row(2))
+    world.crash(lost)
+    assert await group.claim() == []
+    assert group.reply.refused
+    assert await group.compare(kept, lost) == (Compared(epoch=2, released=0), [(ids[1], 2)])
+    assert [(number_of(c), c.attempt) for c in await group.claim()] == [(1, 1), (2, 1)]
+    assert await group.end(lost, Outcome.DONE) is None  # its outcome is stale: another claim runs the job
+    assert await group.end(kept, Outcome.DONE) is Outcome.DONE
+
+
+async def test_a_beat_tells_that_a_comparison_is_due(world: World, store: Store, group: Group) -> None:
+    async with group.beating() as events:
+        await late_beat(group, events)
+        assert events.doubts == 0
+        world.crash()
+        store.beat_now(group.id)
+        await events.wait_for(lambda: events.doubts == 1)
+        await group.compare()
+        await late_beat(group, events)
+        assert events.doubts == 1
+
+
+async def test_what_has_ended_is_not_missing(store: Store, group: Group) -> None:
+    done, snoozed = await enqueue(store, row(0), row(1))
+    claims = await group.claim()
+    await group.end(claims[0], Outcome.DONE)
+    await group.end(claims[1], Outcome.SNOOZED, delay=60.0)
+    # A snooze leaves no outcome: the ledger knows that it has ended, and looks no further.
+    assert await group.compare(*claims) == (Compared(epoch=2, released=0), [(snoozed, 1)])
+    assert await status(store, done) == "done"
+
+
+async def test_a_clean_registration_claims_at_once(store: Store, group: Group) -> None:
+    assert await group.claim() == []
+    assert not group.reply.refused
 
 
 # Rescue.

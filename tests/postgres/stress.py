@@ -191,11 +191,12 @@ class Stress:
             forgotten = ledger.take(rng, 3)
             # What others are settling now is in nobody's hands, but known all the same.
             known = ledger.mine - {(c.job_id, c.claim_no) for c in forgotten}
-            epoch, queues = groups_sql.sweep_strays(conn, SCHEMA, ledger.id, sorted(known))
-            if epoch is not None:
-                ledger.epoch = epoch
+            found = groups_sql.compare(conn, SCHEMA, ledger.id, lambda: sorted(known))
+            if found is None:
+                return
+            ledger.epoch = found.epoch
             with self.lock:
-                self.swept += len(queues)
+                self.swept += found.released
 
         def close() -> None:
             nonlocal ledger

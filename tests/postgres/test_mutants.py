@@ -105,7 +105,7 @@ SET_READY = (
 READY_IS_UPDATED = f"""        UPDATE triojobs.ready r
         {SET_READY}        WHERE r.id = replace_job.job_id;
 """
-CLAIM_WAITS = race(races.test_a_sweep_waits_for_a_late_claim_and_releases_its_rows)
+CLAIM_WAITS = race(races.test_a_comparison_waits_for_a_late_claim_and_releases_its_rows)
 CLOSE_WAITS = race(races.test_close_waits_for_an_open_claim_and_sweeps_what_it_took)
 SETTLE_AND_CLOSE = race(races.test_settle_and_close_do_not_lock_leases_in_different_orders)
 
@@ -124,10 +124,20 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
         template(
             claim_sql,
             "CLAIM",
-            ("        WHERE EXISTS (SELECT FROM me)\n", ""),
+            ("        WHERE EXISTS (SELECT FROM me)\n          AND EXISTS (", "        WHERE EXISTS ("),
             ("    FROM taken t\n)", "    FROM taken t WHERE EXISTS (SELECT FROM me)\n)"),
         ),
-        transition(transitions.test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing, "closed"),
+        transition(transitions.test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing, "epoch"),
+    ),
+    "a claim does not ask for its witness": (
+        template(
+            claim_sql,
+            "CLAIM",
+            ("AND EXISTS (SELECT FROM {schema}.witnesses s WHERE s.group_id = %(group_id)s)", ""),
+        ),
+        transition(
+            transitions.test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing, "witness"
+        ),
     ),
     "a claim does not lock its group": (
         template(claim_sql, "CLAIM", ("    FOR KEY SHARE\n", "")),
@@ -135,7 +145,7 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
     ),
     "a claim does not look at the epoch": (
         template(claim_sql, "CLAIM", ("epoch = %(epoch)s", "%(epoch)s::int IS NOT NULL")),
-        race(races.test_a_claim_that_waits_for_a_sweep_takes_nothing),
+        race(races.test_a_claim_that_waits_for_a_comparison_takes_nothing),
     ),
     "a claim does not look whether the group is closed": (
         template(claim_sql, "CLAIM", ("AND closed_at IS NULL", "")),
@@ -149,13 +159,25 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
         template(claim_sql, "CLAIM", ("LEFT JOIN LATERAL", "JOIN LATERAL")),
         transition(transitions.test_a_missing_body_comes_out_as_a_row_without_payload),
     ),
-    "a sweep does not raise the epoch": (
+    "a comparison does not raise the epoch": (
         template(groups_sql, "RAISE_EPOCH", ("epoch + 1", "epoch")),
-        race(races.test_a_sweep_waits_for_a_late_claim_and_releases_its_rows),
+        race(races.test_a_comparison_waits_for_a_late_claim_and_releases_its_rows),
     ),
-    "a sweep knows claims by their job alone": (
+    "a comparison knows claims by their job alone": (
         template(groups_sql, "RELEASE_STRAYS", (" AND k.claim_no = l.claim_no", "")),
-        transition(transitions.test_a_sweep_tells_claims_of_one_job_apart),
+        transition(transitions.test_a_comparison_tells_claims_of_one_job_apart),
+    ),
+    "a comparison does not look for outcomes": (
+        template(groups_sql, "MISSING", ("AND o.group_id = %(id)s", "AND false")),
+        transition(transitions.test_a_comparison_misses_known_claims_without_lease_and_outcome),
+    ),
+    "a comparison does not look for leases": (
+        template(groups_sql, "MISSING", ("AND l.group_id = %(id)s", "AND false")),
+        transition(transitions.test_a_comparison_misses_known_claims_without_lease_and_outcome),
+    ),
+    "a comparison leaves the group without its witness": (
+        template(groups_sql, "TESTIFY", (" VALUES (%(id)s)", " SELECT %(id)s WHERE false")),
+        transition(transitions.test_a_comparison_misses_known_claims_without_lease_and_outcome),
     ),
     "a rescue waits for groups": (
         template(groups_sql, "LOCK_LAPSED", ("FOR UPDATE SKIP LOCKED", "FOR UPDATE")),

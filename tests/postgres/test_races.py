@@ -104,28 +104,28 @@ def test_beats_and_claims_of_one_group_do_not_wait_for_each_other(connect: Conne
         assert len(group.claim(db, 1)) == 1
     with a.transaction():
         assert len(group.claim(a, 1)) == 1
-        assert groups.beat(db, SCHEMA, group.id) == []
+        assert groups.beat(db, SCHEMA, group.id) == groups.Beat([], witnessed=True)
 
 
-# A claim whose client gave up, against sweep and close.
+# A claim whose client gave up, against comparison and close.
 
 
-def test_a_sweep_waits_for_a_late_claim_and_releases_its_rows(connect: Connect, db: Connection) -> None:
+def test_a_comparison_waits_for_a_late_claim_and_releases_its_rows(connect: Connect, db: Connection) -> None:
     ids = put(db, 2)
     group, a, b = Group(db), connect(), connect()
     with a.transaction():
         assert len(group.claim(a)) == 2
-        sweep = blocked(db, b, groups.sweep_strays, SCHEMA, group.id, [])
-    assert sweep.result() == (2, ["q", "q"])
+        comparison = blocked(db, b, groups.compare, SCHEMA, group.id, list)
+    assert comparison.result() == groups.Comparison(epoch=2, missing=[], released=2, queues={"q"})
     assert [place(db, i) for i in ids] == [("ready", 0)] * 2
-    assert group.claim(a) == []  # still the old epoch: it arrives after the sweep
+    assert group.claim(a) == []  # still the old epoch: it arrives after the comparison
 
 
-def test_a_claim_that_waits_for_a_sweep_takes_nothing(connect: Connect, db: Connection) -> None:
+def test_a_claim_that_waits_for_a_comparison_takes_nothing(connect: Connect, db: Connection) -> None:
     put(db, 2)
     group, a, b = Group(db), connect(), connect()
     with a.transaction():
-        assert groups.sweep_strays(a, SCHEMA, group.id, [])[0] == 2
+        assert groups.compare(a, SCHEMA, group.id, list) is not None
         late = blocked(db, b, group.claim)
     assert late.result() == []
     assert (count(db, "ready"), count(db, "leases")) == (2, 0)
@@ -501,7 +501,9 @@ def test_a_cancel_that_waits_for_a_claim_asks_its_group(connect: Connect, db: Co
         group.claim_one(a)
         late = blocked(db, b, operate.cancel, SCHEMA, job_id, "stop")
     assert late.result() == group.id
-    assert groups.beat(db, SCHEMA, group.id) == [groups.CancelRequest(job_id, 1, "stop")]
+    found = groups.beat(db, SCHEMA, group.id)
+    assert found is not None
+    assert found.requests == [groups.CancelRequest(job_id, 1, "stop")]
 
 
 def test_a_cancel_that_waits_for_a_promotion_finds_the_job_in_ready(connect: Connect, db: Connection) -> None:

@@ -104,7 +104,7 @@ def test_each_queue_of_a_claim_has_its_own_limit(db: Connection, group: Group) -
     assert {c.claim_no for c in claims} == {1}
 
 
-@pytest.mark.parametrize("why", ["epoch", "unknown", "closed"])
+@pytest.mark.parametrize("why", ["epoch", "unknown", "closed", "witness"])
 def test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing(
     db: Connection, group: Group, why: str
 ) -> None:
@@ -113,9 +113,12 @@ def test_a_claim_that_is_not_entitled_takes_nothing_and_deletes_nothing(
         group.epoch = 2
     elif why == "unknown":
         group.id = uuid.uuid4()
-    else:
+    elif why == "closed":
         groups.close_group(db, SCHEMA, group.id)
+    else:
+        db.execute("TRUNCATE triojobs.witnesses")  # as a crash does
     assert group.claim(db) == []
+    assert not claim_sql.may_claim(db, SCHEMA, group_id=group.id, epoch=group.epoch)
     assert (count(db, "ready"), count(db, "leases")) == (3, 0)
 
 
@@ -273,7 +276,7 @@ def test_promotion_says_how_late_the_earliest_left_behind_is(db: Connection) -> 
 
 def test_a_beat_prolongs_the_lease_and_a_closed_group_learns_it(db: Connection, group: Group) -> None:
     group.lapse(db)
-    assert groups.beat(db, SCHEMA, group.id) == []
+    assert groups.beat(db, SCHEMA, group.id) == groups.Beat([], witnessed=True)
     left = db.execute(
         "SELECT extract(epoch FROM lease_until - clock_timestamp()) FROM triojobs.worker_groups"
     ).fetchone()
@@ -284,6 +287,12 @@ def test_a_beat_prolongs_the_lease_and_a_closed_group_learns_it(db: Connection, 
     assert groups.beat(db, SCHEMA, uuid.uuid4()) is None
 
 
+def requests_of(db: Connection, group: Group) -> list[CancelRequest]:
+    found = groups.beat(db, SCHEMA, group.id)
+    assert found is not None
+    return found.requests
+
+
 def test_a_beat_brings_the_cancel_requests_of_its_own_group(db: Connection, group: Group) -> None:
     other = Group(db)
     mine = put_one(db)
@@ -292,8 +301,8 @@ def test_a_beat_brings_the_cancel_requests_of_its_own_group(db: Connection, grou
     other.claim_one(db)
     operate.cancel(db, SCHEMA, mine, "stop")
     operate.cancel(db, SCHEMA, theirs, "halt")
-    assert groups.beat(db, SCHEMA, group.id) == [CancelRequest(mine, claimed.claim_no, "stop")]
-    assert groups.beat(db, SCHEMA, other.id) == [CancelRequest(theirs, 1, "halt")]
+    assert requests_of(db, group) == [CancelRequest(mine, claimed.claim_no, "stop")]
+    assert requests_of(db, other) == [CancelRequest(theirs, 1, "halt")]
 
 
 def test_close_releases_everything_with_refund_and_keeps_the_row(db: Connection, group: Group) -> None:
@@ -326,32 +335,53 @@ def test_closing_twice_and_closing_nothing_is_no_error(db: Connection, group: Gr
         assert groups.close_group(db, SCHEMA, group_id) == ([], set())
 
 
-def test_a_sweep_releases_what_the_ledger_does_not_know_and_raises_the_epoch(
+def test_a_comparison_releases_what_the_ledger_does_not_know_and_raises_the_epoch(
     db: Connection, group: Group
 ) -> None:
     known, stray, cancelled = put(db, 3)
     claims = {c.job_id: c for c in group.claim(db)}
     operate.cancel(db, SCHEMA, cancelled, "stop")
-    epoch, queues = groups.sweep_strays(db, SCHEMA, group.id, [(known, claims[known].claim_no)])
-    assert epoch == 2
+    found = groups.compare(db, SCHEMA, group.id, lambda: [(known, claims[known].claim_no)])
+    assert found == groups.Comparison(epoch=2, missing=[], released=1, queues={"q"})
     assert place(db, known) == ("leases", 1)
     assert place(db, stray) == ("ready", 0)
     assert history(db, cancelled) == [(1, "cancelled", "stop")]
-    assert queues == ["q"]
     assert group.claim(db) == []  # the old epoch
     group.epoch = 2
     assert [c.job_id for c in group.claim(db)] == [stray]
 
 
-def test_a_sweep_tells_claims_of_one_job_apart(db: Connection, group: Group) -> None:
+def test_a_comparison_tells_claims_of_one_job_apart(db: Connection, group: Group) -> None:
     job_id = put_one(db)
     claimed = group.claim_one(db)
-    groups.sweep_strays(db, SCHEMA, group.id, [(job_id, claimed.claim_no + 1)])
+    other = (job_id, claimed.claim_no + 1)
+    found = groups.compare(db, SCHEMA, group.id, lambda: [other])
+    assert found is not None
+    assert found.missing == [other]
     assert place(db, job_id) == ("ready", 0)
 
 
-def test_a_sweep_of_a_group_without_row_says_so(db: Connection) -> None:
-    assert groups.sweep_strays(db, SCHEMA, uuid.uuid4(), []) == (None, [])
+def test_a_comparison_misses_known_claims_without_lease_and_outcome(db: Connection, group: Group) -> None:
+    put(db, 3)
+    running, done, lost = group.claim(db)
+    group.settle(db, done, Outcome.DONE)
+    db.execute("DELETE FROM triojobs.leases WHERE id = %s", [lost.job_id])
+    db.execute("TRUNCATE triojobs.witnesses")
+    known = [(c.job_id, c.claim_no) for c in (running, done, lost)]
+    found = groups.compare(db, SCHEMA, group.id, lambda: known)
+    assert found == groups.Comparison(epoch=2, missing=[(lost.job_id, 1)], released=0, queues=set())
+    assert claim_sql.may_claim(db, SCHEMA, group_id=group.id, epoch=2)
+
+
+@pytest.mark.parametrize("over", ["closed", "gone"])
+def test_there_is_nothing_to_compare_for_a_group_that_is_over(db: Connection, over: str) -> None:
+    group = Group(db)
+    if over == "closed":
+        groups.close_group(db, SCHEMA, group.id)
+    else:
+        db.execute("DELETE FROM triojobs.worker_groups")
+    assert groups.compare(db, SCHEMA, group.id, lambda: [(1, 1)]) is None
+    assert count(db, "witnesses") == (1 if over == "gone" else 0)
 
 
 def test_rescue_puts_jobs_back_as_failed_attempts(db: Connection, group: Group) -> None:
@@ -416,7 +446,7 @@ def test_cancel_asks_the_group_of_a_running_job_and_the_first_reason_stays(
     assert operate.cancel(db, SCHEMA, job_id, "first") == group.id
     assert operate.cancel(db, SCHEMA, job_id, "second") == group.id
     assert place(db, job_id) == ("leases", 1)
-    assert groups.beat(db, SCHEMA, group.id) == [CancelRequest(job_id, 1, "first")]
+    assert requests_of(db, group) == [CancelRequest(job_id, 1, "first")]
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))

@@ -232,8 +232,19 @@ def rolled_back(conn: Connection) -> Iterator[None]:
 
 def clean(conninfo: str) -> None:
     """Make a database as good as new: no rows, and sequences from the start."""
-    tables = ("jobs", "outcomes", "scheduled", "ready", "leases", "keys", "worker_groups", "waiting")
-    tables += ("paused_queues", "drains")
+    tables = (
+        "jobs",
+        "outcomes",
+        "scheduled",
+        "ready",
+        "leases",
+        "keys",
+        "worker_groups",
+        "waiting",
+        "witnesses",
+        "paused_queues",
+        "drains",
+    )
     with psycopg.connect(conninfo) as conn:
         for table in tables:
             conn.execute(f"DELETE FROM triojobs.{table}")  # type: ignore[call-overload]

@@ -154,6 +154,23 @@ def test_the_closing_counts_what_it_wrote_and_names_what_it_did_not_find() -> No
     assert (ledger.released, ledger.settled[Outcome.CANCELLED], ledger.stale) == (2, 1, 1)
 
 
+def test_a_claim_that_the_database_lost_is_stale_and_forgotten() -> None:
+    ledger, lost, kept = Ledger(), claim(1), claim(2)
+    ledger.book([lost, kept])
+    assert ledger.lose([(1, 1), (2, 9), (3, 1)]) == [(1, 1)]  # (2, 9) is another claim, 3 is unknown
+    assert not ledger.owns(lost)
+    assert not ledger.settle(lost, end(lost))
+    assert (ledger.held_ids(), ledger.stale) == ([2], 1)
+
+
+def test_a_lost_claim_that_has_ended_is_left_to_its_settlement() -> None:
+    ledger, one = Ledger(), claim(1)
+    ledger.book([one])
+    ledger.settle(one, end(one))
+    assert ledger.lose([(1, 1)]) == []
+    assert (ledger.held, ledger.unsettled, ledger.stale) == (1, 1, 0)
+
+
 class Books(RuleBasedStateMachine):
     """The ledger beside a model: for each job the newest claim, and where it stands."""
 
@@ -212,6 +229,16 @@ class Books(RuleBasedStateMachine):
         if self.owned.get(one.job_id) is one:
             del self.owned[one.job_id]
             self.ended.pop(one.job_id, None)
+            self.counted += 1
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        missing = [one for one in self.claims if data.draw(st.booleans())]
+        lost = [o for o in missing if self.owned.get(o.job_id) is o and o.job_id not in self.ended]
+        told = self.ledger.lose([(one.job_id, one.claim_no) for one in missing])
+        assert told == [(one.job_id, one.claim_no) for one in lost]
+        for one in lost:
+            del self.owned[one.job_id]
             self.counted += 1
 
     @rule(data=st.data())

@@ -80,6 +80,18 @@ def test_the_longest_beat_interval_is_allowed() -> None:
     assert options(beat_interval=12.5).beat_interval == 12.5
 
 
+def test_a_loop_is_given_up_after_ten_leases_or_when_it_was_said() -> None:
+    assert options(lease_duration=20.0, beat_interval=5.0).loop_death == 200.0
+    assert options(loop_dead_after=31.0).loop_death == 31.0
+    assert options(loop_dead_after=math.inf).loop_death == math.inf
+
+
+@pytest.mark.parametrize("value", [29.0, 0, -math.inf, math.nan, "60", True])
+def test_a_loop_is_not_given_up_within_one_lease(value: object) -> None:
+    with pytest.raises(OptionError, match=r"loop_dead_after is .*, but must be finite seconds >= 30"):
+        options(loop_dead_after=value)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "limit"),
     [

@@ -14,10 +14,11 @@ import trio
 import trio.testing
 
 import triojobs
+from triojobs._beacon import Beacon
 from triojobs._lease import Lease
 from triojobs._memory import MemoryDatabase, MemoryStore, MemoryTransaction
 from triojobs._model import Claim, JobStatus, NewRow, Outcome, Registration, Settled, Settlement
-from triojobs._store import ClaimOrder
+from triojobs._store import ClaimOrder, Compared
 
 T = TypeVar("T")
 ROW = NewRow("q", b"\0", "cbor", max_attempts=2)
@@ -67,6 +68,12 @@ class Events:
     def lease_lost(self) -> None:
         self.lost.set()
 
+    def must_compare(self) -> None: ...
+
+    def loop_blocked(self, seconds: float) -> None: ...
+
+    def loop_dead(self, seconds: float) -> None: ...
+
     def rescued(self, jobs: int) -> None:
         self.jobs += jobs
 
@@ -94,7 +101,7 @@ async def test_a_claim_whose_reply_is_lost_is_nobodys_until_it_is_swept() -> Non
     assert caught.value.committed is None
     assert booked == []
     assert store.rows_running(group_id) == [job.id]
-    assert await store.sweep_strays(group_id, lambda: []) == 2
+    assert await store.compare(group_id, list, lambda missing: None) == Compared(epoch=2, released=1)
     assert store.rows_running(group_id) == []
     assert await claim(store, group_id, 2) == []  # the old epoch
     [again] = await claim(store, group_id, 3, epoch=2)
@@ -174,7 +181,7 @@ async def test_calls_of_one_line_wait_for_each_other_and_the_wait_is_cancellable
     store = MemoryStore(crossing=crossing)
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(store.sweep_strays, uuid.uuid4(), list)
+            nursery.start_soon(store.compare, uuid.uuid4(), list, list)
             await trio.testing.wait_all_tasks_blocked()
             with trio.CancelScope() as scope:
                 nursery.start_soon(trio.testing.wait_all_tasks_blocked)
@@ -183,7 +190,7 @@ async def test_calls_of_one_line_wait_for_each_other_and_the_wait_is_cancellable
             assert scope.cancelled_caught
             nursery.start_soon(store.enqueue, [ROW])  # another line
             await trio.testing.wait_all_tasks_blocked()
-            assert inside == ["sweep_strays", "enqueue"]
+            assert inside == ["compare", "enqueue"]
             release.set()
     assert store.database.tables.waiting == set()
 
@@ -229,7 +236,7 @@ async def test_beats_keep_a_lease_that_a_silent_group_loses(autojump_clock: trio
     events = Events()
     lease = lease_of(living)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(store.hold_lease, living, lease, events)
+        nursery.start_soon(store.hold_lease, living, lease, Beacon(), events)
         await trio.sleep(29.0)
         assert events.jobs == 0
         await trio.sleep(7.0)  # the lease of 30 s, and a round of rescue
@@ -253,7 +260,7 @@ async def test_failed_beats_are_repeated_soon(autojump_clock: trio.testing.MockC
     lease = lease_of(registration)
     lease.confirm(store.now())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(store.hold_lease, registration, lease, Events())
+        nursery.start_soon(store.hold_lease, registration, lease, Beacon(), Events())
         await trio.sleep(20.0)
         assert lease.until == 25.0  # still the first one
         failing = False

@@ -22,6 +22,7 @@ from triojobs._memory import MemoryDatabase, MemoryStore
 from triojobs._model import NewRow
 from triojobs._options import GroupOptions
 from triojobs._queue import new_row
+from triojobs._store import Compared
 
 from .determinism import deterministic
 from .jobs import KINDS, Handlers, Journal
@@ -147,9 +148,14 @@ class SweepStore(MemoryStore):
             await trio.lowlevel.cancel_shielded_checkpoint()
         return result.unwrap()
 
-    async def sweep_strays(self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]) -> int:
+    async def compare(
+        self,
+        group_id: uuid.UUID,
+        known: Callable[[], Sequence[tuple[int, int]]],
+        missing: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> Compared | None:
         counted: Callable[[], Sequence[tuple[int, int]]] = partial(self._count_strays, group_id, known)
-        return await super().sweep_strays(group_id, counted)
+        return await super().compare(group_id, counted, missing)
 
     def _count_strays(
         self, group_id: uuid.UUID, known: Callable[[], Sequence[tuple[int, int]]]

@@ -12,7 +12,7 @@ import psycopg
 from .._model import Claim
 from .statements import statement
 
-__all__ = ["PROMOTE_LIMIT", "claim", "promote"]
+__all__ = ["PROMOTE_LIMIT", "claim", "may_claim", "promote"]
 
 PROMOTE_LIMIT: Final = 1000  # rows per statement: 3.4 ms, so a promotion never delays a claim for long
 
@@ -20,6 +20,8 @@ PROMOTE_LIMIT: Final = 1000  # rows per statement: 3.4 ms, so a promotion never 
 # * `me` locks the group's row, and the array depends on it: a closed group, or one whose epoch was
 #   raised after this claim was given up, deletes nothing. With the condition on the insert alone
 #   the jobs would be deleted and lost. A CTE that nothing refers to is never executed.
+# * The witness of the group: without it the server may have lost claims of this group (a crash, a
+#   promotion), and nothing is claimed until it has compared them (groups.compare).
 # * `ctid = ANY (ARRAY(…))` runs its sub-select once; the CTE and IN forms halve the rate and may be
 #   evaluated again, past the limit. A row that moved between snapshot and lock is missed, never wrong.
 # * LATERAL gives each queue a limit of its own in one statement.
@@ -48,6 +50,7 @@ WITH me AS MATERIALIZED (
             FOR UPDATE SKIP LOCKED
         ) c
         WHERE EXISTS (SELECT FROM me)
+          AND EXISTS (SELECT FROM {schema}.witnesses s WHERE s.group_id = %(group_id)s)
           AND w.queue <> ALL (ARRAY(SELECT p.queue FROM {schema}.paused_queues p))
     ))
     RETURNING r.id, r.queue, r.priority, r.run_at, r.attempts, r.max_attempts
@@ -70,6 +73,12 @@ SELECT t.id, array_position(%(queues)s::text[], t.queue), t.attempts + 1, t.max_
 FROM taken t
 LEFT JOIN LATERAL (SELECT * FROM {schema}.jobs b WHERE b.id = t.id OFFSET 0) j ON true
 ORDER BY t.priority DESC, t.run_at, t.id
+"""
+
+MAY_CLAIM: Final = """
+SELECT EXISTS (
+    SELECT FROM {schema}.worker_groups WHERE id = %(group_id)s AND epoch = %(epoch)s AND closed_at IS NULL
+) AND EXISTS (SELECT FROM {schema}.witnesses WHERE group_id = %(group_id)s)
 """
 
 # Owned by nobody, so no epoch. `statement_timestamp()` is stable, so it bounds the index scan;
@@ -131,6 +140,12 @@ def claim(
         Claim(row[0], claim_no, group_id, queues[row[1] - 1], *row[2:])  # array positions count from 1
         for row in rows
     ]
+
+
+def may_claim(conn: psycopg.Connection[Any], schema: str, *, group_id: uuid.UUID, epoch: int) -> bool:
+    """Return whether a claim of this group could match rows at all."""
+    row = conn.execute(statement(MAY_CLAIM, schema), {"group_id": group_id, "epoch": epoch}).fetchone()
+    return row is not None and bool(row[0])
 
 
 def promote(

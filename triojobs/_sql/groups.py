@@ -1,6 +1,6 @@
-"""Worker groups: register, beat, close, sweep strays, rescue.
+"""Worker groups: register, beat, close, compare, rescue.
 
-Close, sweep and rescue are transactions of separate statements. As one statement they miss rows:
+Close, compare and rescue are transactions of separate statements. As one statement they miss rows:
 its snapshot is older than its lock, so a claim that committed while it waited stays invisible (2
 leases were left under a closed group). They take FOR UPDATE, because a plain UPDATE does not
 conflict with a claim's KEY SHARE and would not wait for it at all.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,9 +19,22 @@ import psycopg
 from .._model import CancelRequest, Outcome, Registration, Settled
 from .statements import statement
 
-__all__ = ["Rescue", "add_partitions", "beat", "close_group", "register", "rescue", "sweep_strays"]
+__all__ = [
+    "Beat",
+    "Comparison",
+    "Rescue",
+    "add_partitions",
+    "beat",
+    "close_group",
+    "compare",
+    "register",
+    "rescue",
+]
 
 REGISTER: Final = """
+WITH witness AS (
+    INSERT INTO {schema}.witnesses (group_id) VALUES (%(id)s)
+)
 INSERT INTO {schema}.worker_groups
     (id, name, host, pid, version, lease_duration, lease_until, queues, concurrency)
 VALUES (%(id)s, %(name)s, %(host)s, %(pid)s, %(version)s, %(lease_duration)s,
@@ -37,7 +50,9 @@ WITH me AS (
     WHERE id = %(id)s AND closed_at IS NULL
     RETURNING id
 )
-SELECT l.id, l.claim_no, l.cancel_reason
+SELECT l.id, l.claim_no, l.cancel_reason,
+       EXISTS (SELECT FROM {schema}.witnesses w WHERE w.group_id = me.id),
+       (SELECT d.reason FROM {schema}.drains d WHERE d.group_id = me.id)
 FROM me LEFT JOIN {schema}.leases l ON l.group_id = me.id AND l.cancel_reason IS NOT NULL
 """
 
@@ -47,7 +62,12 @@ CLOSE_GROUP: Final = """
 UPDATE {schema}.worker_groups SET closed_at = clock_timestamp() WHERE id = ANY (%(ids)s) AND closed_at IS NULL
 """
 
-FORGET_WAITING: Final = "DELETE FROM {schema}.waiting WHERE group_id = ANY (%(ids)s)"
+FORGET: Final = """
+WITH witnesses AS (
+    DELETE FROM {schema}.witnesses WHERE group_id = ANY (%(ids)s)
+)
+DELETE FROM {schema}.waiting WHERE group_id = ANY (%(ids)s)
+"""
 
 RELEASE_ALL: Final = """
 WITH ended AS (
@@ -65,8 +85,23 @@ SELECT id, claim_no, CASE WHEN cancel_reason IS NULL THEN queue END FROM ended
 """
 
 RAISE_EPOCH: Final = """
-UPDATE {schema}.worker_groups SET epoch = epoch + 1 WHERE id = %(id)s RETURNING epoch
+UPDATE {schema}.worker_groups SET epoch = epoch + 1 WHERE id = %(id)s AND closed_at IS NULL RETURNING epoch
 """
+
+# What a settlement or a commit has ended meanwhile has an outcome. What they released or snoozed has
+# none, but then the process knows that it has ended.
+MISSING: Final = """
+SELECT k.id, k.claim_no
+FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[]) AS k(id, claim_no)
+WHERE NOT EXISTS (
+        SELECT FROM {schema}.leases l
+        WHERE l.id = k.id AND l.claim_no = k.claim_no AND l.group_id = %(id)s)
+  AND NOT EXISTS (
+        SELECT FROM {schema}.outcomes o
+        WHERE o.job_id = k.id AND o.claim_no = k.claim_no AND o.group_id = %(id)s)
+"""
+
+TESTIFY: Final = "INSERT INTO {schema}.witnesses (group_id) VALUES (%(id)s) ON CONFLICT DO NOTHING"
 
 RELEASE_STRAYS: Final = """
 WITH known AS (
@@ -130,6 +165,31 @@ ADD_PARTITIONS: Final = "SELECT {schema}.add_partitions()"
 
 
 @dataclass(frozen=True, slots=True)
+class Beat:
+    """What a beat found: open cancel requests, whether the group's witness is there, and why the group
+    shall drain (None: it shall not)."""
+
+    requests: list[CancelRequest]
+    witnessed: bool
+    drain: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How a group's leases differed from what it knew.
+
+    Attributes:
+        epoch: the new one. missing: known claims (job id, claim_no) without lease and without outcome.
+        released: how many unknown rows went back. queues: those in which something became claimable.
+    """
+
+    epoch: int
+    missing: list[tuple[int, int]]
+    released: int
+    queues: set[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Rescue:
     """What one round found: dead groups, their jobs by outcome, queues with claimable jobs."""
 
@@ -153,12 +213,13 @@ def register(conn: psycopg.Connection[Any], schema: str, registration: Registrat
     conn.execute(statement(REGISTER, schema), parameters)
 
 
-def beat(conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID) -> list[CancelRequest] | None:
-    """Prolong the lease and return the group's open cancel requests; None: the group is closed."""
+def beat(conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID) -> Beat | None:
+    """Prolong the lease; None: the group is closed."""
     rows = conn.execute(statement(BEAT, schema), {"id": group_id}).fetchall()
     if not rows:
         return None
-    return [CancelRequest(row[0], row[1], row[2]) for row in rows if row[0] is not None]
+    requests = [CancelRequest(row[0], row[1], row[2]) for row in rows if row[0] is not None]
+    return Beat(requests, witnessed=rows[0][3], drain=rows[0][4])
 
 
 def close_group(
@@ -172,7 +233,7 @@ def close_group(
         conn.execute(statement(LOCK_GROUP, schema), {"id": group_id})
         conn.execute(statement(CLOSE_GROUP, schema), {"ids": [group_id]})
         rows = conn.execute(statement(RELEASE_ALL, schema), {"id": group_id}).fetchall()
-        conn.execute(statement(FORGET_WAITING, schema), {"ids": [group_id]})
+        conn.execute(statement(FORGET, schema), {"ids": [group_id]})
     written = [
         Settled(job_id, claim_no, Outcome.CANCELLED if queue is None else Outcome.RELEASED)
         for job_id, claim_no, queue in rows
@@ -180,25 +241,33 @@ def close_group(
     return written, {row[2] for row in rows if row[2] is not None}
 
 
-def sweep_strays(
-    conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, known: Sequence[tuple[int, int]]
-) -> tuple[int | None, list[str]]:
-    """Raise the epoch, then release this group's rows that are not in `known`.
+def compare(
+    conn: psycopg.Connection[Any],
+    schema: str,
+    group_id: uuid.UUID,
+    known: Callable[[], Sequence[tuple[int, int]]],
+) -> Comparison | None:
+    """Raise the epoch, release this group's rows that are not `known`, and let it claim again.
 
-    A claim that was given up either committed before the lock (its rows are swept) or waits for
-    the lock and then finds another epoch. Returns the new epoch (None: the group's row is gone)
-    and the queue of each released row.
+    A claim that was given up either committed before the lock (its rows go back) or waits for the
+    lock and then finds another epoch. `known` is asked once the lock is held. None: the group is
+    closed or gone.
     """
     with conn.transaction():
         conn.execute(statement(LOCK_GROUP, schema), {"id": group_id})
         row = conn.execute(statement(RAISE_EPOCH, schema), {"id": group_id}).fetchone()
+        if row is None:
+            return None
+        claims = known()
         parameters = {
             "id": group_id,
-            "ids": [job_id for job_id, _ in known],
-            "claim_nos": [claim_no for _, claim_no in known],
+            "ids": [job_id for job_id, _ in claims],
+            "claim_nos": [claim_no for _, claim_no in claims],
         }
-        swept = conn.execute(statement(RELEASE_STRAYS, schema), parameters).fetchall()
-    return (None if row is None else int(row[0])), [queue for (queue,) in swept]
+        missing = conn.execute(statement(MISSING, schema), parameters).fetchall()
+        strays = conn.execute(statement(RELEASE_STRAYS, schema), parameters).fetchall()
+        conn.execute(statement(TESTIFY, schema), {"id": group_id})
+    return Comparison(int(row[0]), missing, len(strays), {queue for (queue,) in strays})
 
 
 def rescue(conn: psycopg.Connection[Any], schema: str) -> Rescue:
@@ -207,7 +276,7 @@ def rescue(conn: psycopg.Connection[Any], schema: str) -> Rescue:
         lapsed = [row[0] for row in conn.execute(statement(LOCK_LAPSED, schema)).fetchall()]
         if lapsed:
             conn.execute(statement(CLOSE_GROUP, schema), {"ids": lapsed})
-            conn.execute(statement(FORGET_WAITING, schema), {"ids": lapsed})
+            conn.execute(statement(FORGET, schema), {"ids": lapsed})
         rows = conn.execute(statement(RESCUE, schema)).fetchall()
     return Rescue(tuple(lapsed), len(rows), frozenset(row[2] for row in rows if row[1] == "failed"))
 

@@ -15,7 +15,7 @@ import psycopg
 from .._errors import GroupNotFoundError
 from .statements import plain_cursor, statement
 
-__all__ = ["claims_in_flight", "drain", "drain_requested", "pause", "resume"]
+__all__ = ["claims_in_flight", "drain", "pause", "resume"]
 
 PAUSE: Final = """
 INSERT INTO {schema}.paused_queues (queue, reason) VALUES (%(queue)s, %(reason)s) ON CONFLICT DO NOTHING
@@ -43,8 +43,6 @@ ON CONFLICT DO NOTHING
 """
 
 IS_OPEN: Final = "SELECT closed_at IS NULL FROM {schema}.worker_groups WHERE id = %(id)s"
-
-DRAIN_REQUESTED: Final = "SELECT reason FROM {schema}.drains WHERE group_id = %(id)s"
 
 
 def pause(conn: psycopg.Connection[Any], schema: str, queue: str, reason: str) -> bool:
@@ -75,9 +73,3 @@ def drain(conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, reaso
     if row is None:
         raise GroupNotFoundError(group_id, operation="draining")
     return bool(row[0])
-
-
-def drain_requested(conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID) -> str | None:
-    """Return why somebody asked this group to drain, or None."""
-    row = plain_cursor(conn).execute(statement(DRAIN_REQUESTED, schema), {"id": group_id}).fetchone()
-    return None if row is None else str(row[0])
