@@ -8,6 +8,8 @@ except ImportError as _exc:
 from ._admin import Admin as Admin
 from ._admin import open_admin as open_admin
 from ._admin_model import Attempt as Attempt
+from ._admin_model import GroupInfo as GroupInfo
+from ._admin_model import GroupState as GroupState
 from ._admin_model import JobDetails as JobDetails
 from ._admin_model import JobFilter as JobFilter
 from ._admin_model import JobSummary as JobSummary

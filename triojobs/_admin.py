@@ -5,13 +5,14 @@ What the methods do is in `_admin_steps`, shared with the synchronous twin.
 
 from __future__ import annotations
 
+import uuid
 from types import TracebackType
 from typing import Any, Final, TypeVar, overload
 
 import trio
 
 from . import _admin_steps as steps
-from ._admin_model import JobDetails, JobFilter, JobSummary, Page
+from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page
 from ._admin_steps import Steps
 from ._admin_store import AdminStore, Step
 from ._client import async_side
@@ -104,6 +105,57 @@ class Admin:
             JobNotFoundError: there is no such job.
         """
         return await self._run(steps.job(job_id, queue))
+
+    # Groups.
+
+    @async_side(IN_TRIO)
+    async def groups(
+        self, *, closed: bool = False, limit: int = 100, after: str | None = None
+    ) -> Page[GroupInfo]:
+        """Return a page of the worker groups, newest registration first.
+
+        Args:
+            closed: also those that have closed. limit, after: as `jobs`.
+        """
+        return await self._run(steps.groups(closed=closed, limit=limit, after=after))
+
+    @async_side(IN_TRIO)
+    async def drain(self, group_id: uuid.UUID, *, reason: str = "drained by an operator") -> bool:
+        """Ask a worker group to stop claiming, finish what it runs, and close; its program goes on.
+
+        The group hears at once, or by its next beat at the latest. A group that registers again after
+        it lost its lease has a new id, and was not asked.
+
+        Returns:
+            False when it has closed already.
+
+        Raises:
+            GroupNotFoundError: there is no such group.
+        """
+        return await self._run(steps.drain(group_id, reason))
+
+    # Queues.
+
+    @async_side(IN_TRIO)
+    async def pause(self, queue: str | Queue[Any, Any], *, reason: str = "paused by an operator") -> bool:
+        """Let nobody claim from a queue, in any group; what runs goes on, enqueues and timers too.
+
+        Once this has returned nothing is claimed from the queue until it is resumed: claims that were
+        on their way were waited for. A queue may be paused before it has any job.
+
+        Returns:
+            False when it was paused before; the first reason stays.
+
+        Raises:
+            DatabaseError: transient, with `committed` True: the pause holds for all claims that begin
+                now, but one that began before has not ended within three seconds.
+        """
+        return await self._drive(steps.pause(queue, reason))
+
+    @async_side(IN_TRIO)
+    async def resume(self, queue: str | Queue[Any, Any]) -> bool:
+        """Let everybody claim from a queue again, and wake who waits for it. False: it was not paused."""
+        return await self._run(steps.resume(queue))
 
 
 class AdminContext:

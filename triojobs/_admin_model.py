@@ -9,6 +9,7 @@ import datetime as dt
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from ._errors import OptionError
@@ -17,6 +18,8 @@ from ._options import KEY_LIMIT, checked_metadata, checked_name, checked_text, c
 
 __all__ = [
     "Attempt",
+    "GroupInfo",
+    "GroupState",
     "JobDetails",
     "JobFilter",
     "JobSummary",
@@ -184,3 +187,43 @@ class JobDetails(Generic[PayloadT]):
 
     info: JobInfo[PayloadT]
     history: tuple[Attempt, ...]
+
+
+class GroupState(StrEnum):
+    """What a registration of a worker group is doing, as far as the database knows."""
+
+    ALIVE = "alive"
+    DRAINING = "draining"  # somebody asked it to drain; it has not closed yet
+    LAPSED = "lapsed"  # its lease has ended; any living group closes it and takes its jobs
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """One registration of a worker group. A lease that was lost brings a new one, with a new id.
+
+    Attributes:
+        name, host, pid, version (of triojobs): who it is.
+        queues: slots of each queue that it serves; None: a group of an older version, it does not say.
+        concurrency: cap of the sum of its slots, or None.
+        running: jobs that run under it.
+        beat_at: its last beat. lease_age: seconds since then. lease_until: when its jobs may be taken.
+        closed_at: None while it is open. drain_requested_at, drain_reason: None unless asked for.
+    """
+
+    id: uuid.UUID
+    name: str
+    host: str
+    pid: int
+    version: str
+    state: GroupState
+    queues: Mapping[str, int] | None
+    concurrency: int | None
+    running: int
+    registered_at: dt.datetime
+    beat_at: dt.datetime
+    lease_age: float
+    lease_until: dt.datetime
+    closed_at: dt.datetime | None
+    drain_requested_at: dt.datetime | None
+    drain_reason: str | None

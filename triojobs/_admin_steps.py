@@ -7,21 +7,23 @@ thread, or in the caller's transaction. So the asynchronous and the synchronous 
 
 from __future__ import annotations
 
+import datetime as dt
 import time
+import uuid
 from collections.abc import Generator
 from typing import Any, Final, TypeAlias, TypeVar
 
-from ._admin_model import JobDetails, JobFilter, JobSummary, Page
+from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page
 from ._admin_store import Step
-from ._client import checked_job_id, info_of
+from ._client import REASON_LIMIT, checked_job_id, info_of
 from ._errors import JobNotFoundError, OptionError
-from ._options import checked_count
+from ._options import checked_count, checked_name, checked_text, checked_time
 from ._queue import Queue
-from ._sql import listing, selecting
+from ._sql import listing, pausing, selecting
 from ._sql.effects import Effect
 from ._sql.selecting import Bounds, Search, Slice
 
-__all__ = ["Steps", "job", "jobs"]
+__all__ = ["Steps", "drain", "groups", "job", "jobs", "pause", "resume"]
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Step[Any], Any, T]
@@ -88,3 +90,84 @@ def job(job_id: int, queue: Queue[Any, Any] | None) -> Step[JobDetails[Any]]:
         return Effect(JobDetails(info_of(raw, queue), history))
 
     return Step("reading a job", work)
+
+
+def groups(*, closed: bool, limit: int, after: str | None) -> Step[Page[GroupInfo]]:
+    """Find one page of worker groups."""
+    checked_flag("closed", closed)
+    checked_count("limit", limit, most=PAGE_LIMIT)
+    before = None if after is None else checked_group_cursor(after)
+
+    def work(conn: Any, schema: str) -> Effect[Page[GroupInfo]]:
+        found = listing.groups(conn, schema, closed=closed, before=before, limit=limit)
+        full = len(found) == limit
+        following = f"{found[-1].registered_at.isoformat()}/{found[-1].id}" if full else None
+        return Effect(Page(tuple(found), following))
+
+    return Step("reading worker groups", work)
+
+
+def checked_group_cursor(after: object) -> tuple[dt.datetime, uuid.UUID]:
+    """Return what a page of groups said about where to go on, or raise OptionError."""
+    try:
+        at, _, group_id = str(after).partition("/")
+        return checked_time("after", dt.datetime.fromisoformat(at)), uuid.UUID(group_id)
+    except ValueError:
+        raise OptionError("after", after, "the `next` of an earlier page of this list") from None
+
+
+# Pausing and draining.
+
+
+def pause(queue: object, reason: str) -> Steps[bool]:
+    """Pause a queue, and wait for the claims that began before."""
+    name = checked_queue(queue)
+    checked_text("reason", reason, least=0, most=REASON_LIMIT)
+    operation = f"pausing queue {name!r}"
+
+    def work(conn: Any, schema: str) -> Effect[bool]:
+        return Effect(pausing.pause(conn, schema, name, reason))
+
+    def wait(conn: Any, schema: str) -> Effect[None]:
+        pausing.wait_for_claims(conn, schema)
+        return Effect(None)
+
+    paused: bool = yield Step(operation, work)
+    yield Step(operation, wait, after_commit=True)
+    return paused
+
+
+def resume(queue: object) -> Step[bool]:
+    """Resume a queue and wake who waits for it."""
+    name = checked_queue(queue)
+
+    def work(conn: Any, schema: str) -> Effect[bool]:
+        resumed = pausing.resume(conn, schema, name)
+        return Effect(resumed, queues=frozenset({name}) if resumed else frozenset())
+
+    return Step(f"resuming queue {name!r}", work)
+
+
+def drain(group_id: object, reason: str) -> Step[bool]:
+    """Ask a group to drain."""
+    if not isinstance(group_id, uuid.UUID):
+        raise OptionError("group_id", group_id, "the id of a worker group (a UUID)")
+    checked_text("reason", reason, least=0, most=REASON_LIMIT)
+
+    def work(conn: Any, schema: str) -> Effect[bool]:
+        is_open = pausing.drain(conn, schema, group_id, reason)
+        return Effect(is_open, groups=frozenset({group_id}) if is_open else frozenset())
+
+    return Step(f"draining worker group {group_id}", work)
+
+
+def checked_queue(queue: object) -> str:
+    """Return the name of a queue given by name or as a Queue, or raise OptionError."""
+    return queue.name if isinstance(queue, Queue) else checked_name("queue", queue)
+
+
+def checked_flag(field: str, value: object) -> bool:
+    """Return a bool, or raise OptionError."""
+    if not isinstance(value, bool):
+        raise OptionError(field, value, "True or False")
+    return value

@@ -40,11 +40,14 @@ class Step(Generic[T]):
         operation: what it does, as a present participle. work: does it.
         looks_again: it reads in a second statement what others did since the first, so it needs a
             transaction that is READ COMMITTED.
+        after_commit: it waits for what follows from the commit of the step before; left out in the
+            caller's transaction, whose commit is yet to come.
     """
 
     operation: str
     work: Callable[[psycopg.Connection[Any], str], Effect[T]]
     looks_again: bool = False
+    after_commit: bool = False
 
 
 def perform(call: Call, schema: str, step: Step[T]) -> T:
@@ -141,6 +144,8 @@ class CallersConnection:
 
     def run(self, step: Step[T]) -> T:
         """Do a step in the caller's transaction; what fails undoes this step alone."""
+        if step.after_commit and _is_in_transaction(self._conn):
+            return None  # type: ignore[return-value]  # such steps have no value
         with callers_transaction(self._conn, step.operation):
             if step.looks_again:
                 self._check_isolation(step.operation)
@@ -162,6 +167,10 @@ class CallersConnection:
             )
 
 
+def _is_in_transaction(conn: psycopg.Connection[Any]) -> bool:
+    return not conn.autocommit or conn.pgconn.transaction_status != IDLE
+
+
 @contextmanager
 def callers_transaction(conn: psycopg.Connection[Any], operation: str) -> Iterator[None]:
     """Run the block in a savepoint of the caller's transaction; translate what goes wrong.
@@ -172,7 +181,7 @@ def callers_transaction(conn: psycopg.Connection[Any], operation: str) -> Iterat
     if conn.pgconn.pipeline_status and not conn.closed:
         with conn.pipeline():
             pass  # a synchronization point, so that the status below is the present one
-    theirs = not conn.autocommit or conn.pgconn.transaction_status != IDLE
+    theirs = _is_in_transaction(conn)
     ours_is_next = False
     try:
         if theirs and conn.pgconn.transaction_status == IDLE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -9,7 +10,7 @@ import trio
 
 from . import _admin_steps as steps
 from ._admin import CALL_TIMEOUT, checked_arguments
-from ._admin_model import JobDetails, JobFilter, JobSummary, Page
+from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page
 from ._admin_steps import Steps
 from ._admin_store import CallersConnection, Step, SyncAdminStore
 from ._bridge import on_loop
@@ -117,6 +118,29 @@ class SyncAdmin:
     def job(self, job_id: int, queue: Queue[Any, Any] | None = None) -> JobDetails[Any]:
         """Return one job with its attempts. See `Admin.job`."""
         return self._run(steps.job(job_id, queue))
+
+    # Groups.
+
+    def groups(self, *, closed: bool = False, limit: int = 100, after: str | None = None) -> Page[GroupInfo]:
+        """Return a page of the worker groups. See `Admin.groups`."""
+        return self._run(steps.groups(closed=closed, limit=limit, after=after))
+
+    def drain(self, group_id: uuid.UUID, *, reason: str = "drained by an operator") -> bool:
+        """Ask a worker group to stop claiming, finish and close. See `Admin.drain`."""
+        return self._run(steps.drain(group_id, reason))
+
+    # Queues.
+
+    def pause(self, queue: str | Queue[Any, Any], *, reason: str = "paused by an operator") -> bool:
+        """Let nobody claim from a queue. See `Admin.pause`.
+
+        In the caller's transaction the pause holds for the claims that begin after its commit.
+        """
+        return self._drive(steps.pause(queue, reason))
+
+    def resume(self, queue: str | Queue[Any, Any]) -> bool:
+        """Let everybody claim from a queue again. See `Admin.resume`."""
+        return self._run(steps.resume(queue))
 
 
 class AdminOnConnection(SyncAdmin):

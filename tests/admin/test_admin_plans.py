@@ -189,3 +189,11 @@ def test_plans_made_while_the_tables_were_small_do_not_walk_them(
     assert not plan.nodes("Aggregate", Strategy="Hashed")
     below = [str(node["Sort Key"]) for node in plan.nodes("Sort") if node is not plan.root]
     assert all(".no DESC" in key for key in below), below
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_page_of_groups_is_read_in_order_beside_20_000_closed_ones(grown: Grown, closed: bool) -> None:
+    (plan,) = grown.plans(listing.groups, closed=closed, before=None, limit=50)
+    assert plan.root["Actual Rows"] == (50 if closed else 1)
+    assert rows_read(plan, "worker_groups") < 200
+    assert plan.pages < 400

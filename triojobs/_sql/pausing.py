@@ -7,15 +7,19 @@ transactions that may be such claims, for whoever wants to wait for their end.
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any, Final
 
 import psycopg
 
-from .._errors import GroupNotFoundError
+from .._errors import DatabaseError, GroupNotFoundError
 from .statements import plain_cursor, statement
 
-__all__ = ["claims_in_flight", "drain", "pause", "resume"]
+__all__ = ["claims_in_flight", "drain", "pause", "resume", "wait_for_claims"]
+
+CLAIMS_TIME: Final = 3.0  # seconds; a claim takes milliseconds, or its backend is broken off
+CLAIMS_POLL: Final = 0.005  # seconds between looks: a look takes the lock manager's locks for a moment
 
 PAUSE: Final = """
 INSERT INTO {schema}.paused_queues (queue, reason) VALUES (%(queue)s, %(reason)s) ON CONFLICT DO NOTHING
@@ -59,6 +63,29 @@ def resume(conn: psycopg.Connection[Any], schema: str, queue: str) -> bool:
 def claims_in_flight(conn: psycopg.Connection[Any], schema: str) -> set[str]:
     """Return the transactions that run now and may be claims. An id is not used again."""
     return {row[0] for row in plain_cursor(conn).execute(statement(IN_FLIGHT, schema)).fetchall()}
+
+
+def wait_for_claims(conn: psycopg.Connection[Any], schema: str) -> None:
+    """Wait, after the commit of a pause, until every claim with an older snapshot has ended.
+
+    Not by a lock: claims and enqueues that come later would have to queue behind it.
+
+    Raises:
+        DatabaseError: one of them did not end in three seconds (transient; the pause stands).
+    """
+    waited_for = claims_in_flight(conn, schema)
+    give_up_at = time.monotonic() + CLAIMS_TIME
+    while waited_for:
+        if time.monotonic() >= give_up_at:
+            raise DatabaseError(
+                "the queue is paused, but a claim that began before has not ended",
+                operation="pausing",
+                hint="repeat the call to be sure that nothing is claimed any more",
+                transient=True,
+                committed=True,
+            )
+        time.sleep(CLAIMS_POLL)
+        waited_for &= claims_in_flight(conn, schema)
 
 
 def drain(conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID, reason: str) -> bool:
