@@ -14,6 +14,9 @@ from ._admin_model import JobDetails as JobDetails
 from ._admin_model import JobFilter as JobFilter
 from ._admin_model import JobSummary as JobSummary
 from ._admin_model import Page as Page
+from ._admin_model import Quantiles as Quantiles
+from ._admin_model import QueueInfo as QueueInfo
+from ._admin_model import Statistic as Statistic
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client
 from ._codec import CborCodec as CborCodec

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar, overload
 import trio
 
 from . import _admin_steps as steps
-from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page
+from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page, QueueInfo, Statistic
 from ._admin_steps import Steps
 from ._admin_store import AdminStore, Step
 from ._client import async_side
@@ -135,6 +135,36 @@ class Admin:
         return await self._run(steps.drain(group_id, reason))
 
     # Queues.
+
+    @async_side(IN_TRIO)
+    async def queues(
+        self, *, window: float = 300.0, limit: int = 100, after: str | None = None
+    ) -> Page[QueueInfo]:
+        """Return a page of the queues in the order of their names, with counts, rates and latencies.
+
+        A queue is known while jobs wait or run in it, while it is paused, and as long as a group that
+        served it is kept.
+
+        Args:
+            window: seconds back over which to measure what ended. limit, after: as `jobs`.
+        """
+        return await self._run(steps.queues(window=window, limit=limit, after=after))
+
+    @async_side(IN_TRIO)
+    async def queue(self, queue: str | Queue[Any, Any], *, window: float = 300.0) -> QueueInfo:
+        """Return one queue as `queues` does; one that nobody knows is empty."""
+        return await self._run(steps.queue(queue, window=window))
+
+    @async_side(IN_TRIO)
+    async def statistics(self) -> dict[str, Statistic]:
+        """Return figures about all queues by their names (RUNNING_JOBS, QUEUE_BACKLOG, SUCCESS_RATE, …).
+
+        Exact: what waits, runs, or was killed or cancelled (up to a million and ten thousand). Estimates:
+        done jobs and totals, from the server's statistics; jobs of the past hour, day and week, from
+        the distance of ids, which counts enqueues that were rolled back; rates and durations, from the
+        last 10,000 attempts of the last day.
+        """
+        return await self._run(steps.statistics())
 
     @async_side(IN_TRIO)
     async def pause(self, queue: str | Queue[Any, Any], *, reason: str = "paused by an operator") -> bool:

@@ -24,6 +24,9 @@ __all__ = [
     "JobFilter",
     "JobSummary",
     "Page",
+    "Quantiles",
+    "QueueInfo",
+    "Statistic",
 ]
 
 ItemT = TypeVar("ItemT")
@@ -227,3 +230,71 @@ class GroupInfo:
     closed_at: dt.datetime | None
     drain_requested_at: dt.datetime | None
     drain_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Seconds that half, 95 % and 99 % of what was looked at stayed below."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """One queue: what stands in it now, and what it did lately.
+
+    Now; exact unless `exact` is False (beyond a million waiting jobs large counts are estimated):
+
+    Attributes:
+        ready: jobs that are due. scheduled: not due yet, retries among them. running: jobs that run.
+        failed: of those that wait, how many have failed before.
+        oldest_due_at: since when the job that has been due for longest waits. oldest_due_age: the same in
+            seconds. None: no job is due.
+        groups: living groups that serve it. slots: the sum of their slots for it. (Groups of an older
+            version do not say what they serve, and do not count.)
+        paused_at, pause_reason: None unless it is paused.
+
+    Lately; measured on the last 10,000 attempts that ended in any queue:
+
+    Attributes:
+        window: how many seconds back that reaches, at most as many as were asked for.
+        ended: attempts that ended, by "done", "failed", "killed", "cancelled".
+        throughput: the sum of these per second.
+        wait: from due to claimed, of first attempts. run: from claimed to ended. None: there were none.
+    """
+
+    name: str
+    ready: int
+    scheduled: int
+    running: int
+    failed: int
+    exact: bool
+    oldest_due_at: dt.datetime | None
+    oldest_due_age: float | None
+    groups: int
+    slots: int
+    paused_at: dt.datetime | None
+    pause_reason: str | None
+    window: float
+    ended: Mapping[str, int]
+    throughput: float
+    wait: Quantiles | None
+    run: Quantiles | None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """One figure about all queues, under the name that apalis has for it where it has one.
+
+    Attributes:
+        value: in `unit` ("jobs", "percent", "minutes", "bytes", "pages", "time" (UTC), "jobs/minute", …);
+            None: there is nothing to measure.
+        exact: False for estimates: of ended jobs from the server's statistics, of periods from ids.
+    """
+
+    name: str
+    value: float | int | dt.datetime | None
+    unit: str
+    exact: bool

@@ -11,19 +11,42 @@ import datetime as dt
 import time
 import uuid
 from collections.abc import Generator
+from dataclasses import fields
 from typing import Any, Final, TypeAlias, TypeVar
 
-from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page
+from ._admin_model import (
+    GroupInfo,
+    JobDetails,
+    JobFilter,
+    JobSummary,
+    Page,
+    Quantiles,
+    QueueInfo,
+    Statistic,
+)
 from ._admin_store import Step
 from ._client import REASON_LIMIT, checked_job_id, info_of
-from ._errors import JobNotFoundError, OptionError
+from ._errors import JobNotFoundError, OptionError, checked_seconds
 from ._options import checked_count, checked_name, checked_text, checked_time
 from ._queue import Queue
-from ._sql import listing, pausing, selecting
+from ._sql import counting, listing, pausing, selecting
+from ._sql import statistics as statistics_sql
+from ._sql.counting import QueueCounts, Recent
 from ._sql.effects import Effect
 from ._sql.selecting import Bounds, Search, Slice
 
-__all__ = ["Steps", "drain", "groups", "job", "jobs", "pause", "resume"]
+__all__ = [
+    "Steps",
+    "drain",
+    "groups",
+    "job",
+    "jobs",
+    "pause",
+    "queue",
+    "queues",
+    "resume",
+    "statistics",
+]
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Step[Any], Any, T]
@@ -114,6 +137,56 @@ def checked_group_cursor(after: object) -> tuple[dt.datetime, uuid.UUID]:
         return checked_time("after", dt.datetime.fromisoformat(at)), uuid.UUID(group_id)
     except ValueError:
         raise OptionError("after", after, "the `next` of an earlier page of this list") from None
+
+
+def queues(*, window: float, limit: int, after: str | None) -> Step[Page[QueueInfo]]:
+    """Find one page of queues."""
+    window = checked_seconds("window", window, positive=True)
+    checked_count("limit", limit, most=PAGE_LIMIT)
+    last = "" if after is None else checked_name("after", after)
+
+    def work(conn: Any, schema: str) -> Effect[Page[QueueInfo]]:
+        lately = counting.recent(conn, schema, window=window)
+        names = counting.names(conn, schema, after=last, limit=limit, known=lately.queues)
+        found = tuple(_queue_info(each, lately) for each in counting.counts(conn, schema, names))
+        return Effect(Page(found, names[-1] if len(names) == limit else None))
+
+    return Step("reading queues", work)
+
+
+def queue(name: object, *, window: float) -> Step[QueueInfo]:
+    """Look at one queue."""
+    checked = checked_queue(name)
+    window = checked_seconds("window", window, positive=True)
+
+    def work(conn: Any, schema: str) -> Effect[QueueInfo]:
+        lately = counting.recent(conn, schema, window=window)
+        (found,) = counting.counts(conn, schema, [checked])
+        return Effect(_queue_info(found, lately))
+
+    return Step("reading a queue", work)
+
+
+def _queue_info(counts: QueueCounts, lately: Recent) -> QueueInfo:
+    recent = lately.queues.get(counts.name)
+    ended = recent.ended if recent else dict.fromkeys(("done", "failed", "killed", "cancelled"), 0)
+    return QueueInfo(
+        **{each.name: getattr(counts, each.name) for each in fields(counts)},
+        window=lately.window,
+        ended=ended,
+        throughput=sum(ended.values()) / lately.window if lately.window > 0 else 0.0,
+        wait=Quantiles(*recent.waited) if recent and recent.waited else None,
+        run=Quantiles(*recent.ran) if recent and recent.ran else None,
+    )
+
+
+def statistics() -> Step[dict[str, Statistic]]:
+    """Look at all figures."""
+
+    def work(conn: Any, schema: str) -> Effect[dict[str, Statistic]]:
+        return Effect({each.name: each for each in statistics_sql.statistics(conn, schema)})
+
+    return Step("reading statistics", work)
 
 
 # Pausing and draining.

@@ -10,7 +10,7 @@ import trio
 
 from . import _admin_steps as steps
 from ._admin import CALL_TIMEOUT, checked_arguments
-from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page
+from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page, QueueInfo, Statistic
 from ._admin_steps import Steps
 from ._admin_store import CallersConnection, Step, SyncAdminStore
 from ._bridge import on_loop
@@ -130,6 +130,18 @@ class SyncAdmin:
         return self._run(steps.drain(group_id, reason))
 
     # Queues.
+
+    def queues(self, *, window: float = 300.0, limit: int = 100, after: str | None = None) -> Page[QueueInfo]:
+        """Return a page of the queues. See `Admin.queues`."""
+        return self._run(steps.queues(window=window, limit=limit, after=after))
+
+    def queue(self, queue: str | Queue[Any, Any], *, window: float = 300.0) -> QueueInfo:
+        """Return one queue. See `Admin.queue`."""
+        return self._run(steps.queue(queue, window=window))
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Return figures about all queues by their names. See `Admin.statistics`."""
+        return self._run(steps.statistics())
 
     def pause(self, queue: str | Queue[Any, Any], *, reason: str = "paused by an operator") -> bool:
         """Let nobody claim from a queue. See `Admin.pause`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -83,3 +84,15 @@ def all_pages(admin: triojobs.SyncAdmin, which: triojobs.JobFilter, **options: A
         if page.next is None:
             return found
         after = page.next
+
+
+def serve(
+    db: Connection, *, lease_duration: float = 600.0, concurrency: int | None = None, **slots: int
+) -> Group:
+    """Register a group that says which queues it serves."""
+    group = Group(db, lease_duration=lease_duration)
+    db.execute(
+        "UPDATE triojobs.worker_groups SET queues = %s::text::jsonb, concurrency = %s WHERE id = %s",
+        [json.dumps(slots), concurrency, group.id],
+    )
+    return group

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from plans import Plan, explain, recorded
+from plans import Plan, explain, reads_all, recorded
 from tools import PATIENCE, SCHEMA, Connection, Group, open_session, put
 
 from triojobs._admin_model import JobFilter
 from triojobs._admin_store import prepare_admin_session
-from triojobs._sql import listing, selecting
+from triojobs._sql import counting, listing, selecting, statistics
 from triojobs._sql.selecting import Bounds, Search
 
 FILL = """
@@ -197,3 +197,50 @@ def test_a_page_of_groups_is_read_in_order_beside_20_000_closed_ones(grown: Grow
     assert plan.root["Actual Rows"] == (50 if closed else 1)
     assert rows_read(plan, "worker_groups") < 200
     assert plan.pages < 400
+
+
+def test_names_of_queues_are_found_by_jumping_from_one_to_the_next(grown: Grown) -> None:
+    (plan,) = grown.plans(counting.names, after="", limit=100)
+    assert rows_read(plan, "ready", "scheduled") <= 4
+    assert rows_read(plan, "worker_groups") <= counting.GROUPS_LOOKED_AT
+    assert not plan.walked & LARGE
+
+
+def test_counts_read_the_narrow_tables_alone(grown: Grown) -> None:
+    plans = grown.plans(counting.counts, ["q", "later", "nobody's"])
+    assert not set().union(*(plan.walked for plan in plans)) & LARGE
+    (plan,) = [plan for plan in plans if plan.nodes("Scan", Relation_Name="scheduled")]
+    assert rows_read(plan, "jobs_0", "jobs_1", "outcomes_0") == 0
+    # Each waiting row once, and one of each priority.
+    assert rows_read(plan, "ready", "scheduled") < 400_000 + 10
+
+
+def test_counts_of_large_queues_are_cut_off(grown: Grown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "COUNTED", 1000)
+    monkeypatch.setattr(counting, "CAPPED", 2000)
+    monkeypatch.setattr(counting, "SAMPLE", 5000)
+    plans = grown.plans(counting.counts, ["q", "later"])
+    assert len(plans) == 4
+    assert sum(rows_read(plan, "ready", "scheduled") for plan in plans) < 30_000
+
+
+def test_what_ended_lately_is_read_from_the_end_of_the_outcomes(grown: Grown) -> None:
+    (plan,) = grown.plans(counting.recent, window=1e9)
+    (heap,) = [n for n in plan.nodes("Bitmap Heap Scan", Relation_Name="outcomes_0") if n["Actual Loops"]]
+    assert heap["Actual Rows"] == counting.RECENT
+    assert heap["Rows Removed by Index Recheck"] < 30_000  # the rest of a block range
+    assert plan.pages < 200_000
+    assert not plan.walked & LARGE
+
+
+def test_statistics_read_no_table_of_ended_jobs(grown: Grown) -> None:
+    plans = grown.plans(statistics.statistics)
+    sampled = {n["Relation Name"] for plan in plans for n in plan.nodes("Sample Scan")}
+    assert sampled == {"ready", "scheduled"}
+    walked = {
+        n["Index Name"] for p in plans for n in p.nodes("Scan", Relation_Name="outcomes_0") if reads_all(n)
+    }
+    assert walked == {"outcomes_0_job_id_idx"}  # of killed and cancelled jobs
+    for plan in plans:
+        assert rows_read(plan, "jobs_0", "jobs_1") <= counting.RECENT + 100
+        assert rows_read(plan, "outcomes_0") <= 3 * counting.RECENT

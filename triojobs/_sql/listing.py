@@ -103,7 +103,9 @@ def read_job(
     if row is None:
         return None
     job, history = row[:-8], row[-8:]
-    attempts = () if history[0] is None else tuple(Attempt(*in_utc(each)) for each in zip(*history, strict=True))
+    attempts = (
+        () if history[0] is None else tuple(Attempt(*in_utc(each)) for each in zip(*history, strict=True))
+    )
     return RawJob(*job), attempts
 
 
