@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
     0: "_errors _model _options _version _admin_model",
-    1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables",
+    1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables _explanation",
     2: "_sql",
     3: "_bridge _listener _postgres _wake _memory _admin_store",
     4: "_fetcher _handling _verdict _settler _heartbeat _comparison _registration _stacks _group _job _flusher",

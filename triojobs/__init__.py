@@ -8,6 +8,7 @@ except ImportError as _exc:
 from ._admin import Admin as Admin
 from ._admin import open_admin as open_admin
 from ._admin_model import Attempt as Attempt
+from ._admin_model import Explanation as Explanation
 from ._admin_model import GroupInfo as GroupInfo
 from ._admin_model import GroupState as GroupState
 from ._admin_model import JobDetails as JobDetails
@@ -16,6 +17,7 @@ from ._admin_model import JobSummary as JobSummary
 from ._admin_model import Page as Page
 from ._admin_model import Quantiles as Quantiles
 from ._admin_model import QueueInfo as QueueInfo
+from ._admin_model import Reason as Reason
 from ._admin_model import Statistic as Statistic
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client

@@ -12,7 +12,16 @@ from typing import Any, Final, TypeVar, overload
 import trio
 
 from . import _admin_steps as steps
-from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page, QueueInfo, Statistic
+from ._admin_model import (
+    Explanation,
+    GroupInfo,
+    JobDetails,
+    JobFilter,
+    JobSummary,
+    Page,
+    QueueInfo,
+    Statistic,
+)
 from ._admin_steps import Steps
 from ._admin_store import AdminStore, Step
 from ._client import async_side
@@ -105,6 +114,15 @@ class Admin:
             JobNotFoundError: there is no such job.
         """
         return await self._run(steps.job(job_id, queue))
+
+    @async_side(IN_TRIO)
+    async def explain(self, job_id: int) -> Explanation:
+        """Return the one reason for which a job does not run now, and what would change it.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return await self._run(steps.explain(job_id))
 
     # Groups.
 

@@ -18,6 +18,7 @@ from ._options import KEY_LIMIT, checked_metadata, checked_name, checked_text, c
 
 __all__ = [
     "Attempt",
+    "Explanation",
     "GroupInfo",
     "GroupState",
     "JobDetails",
@@ -26,6 +27,7 @@ __all__ = [
     "Page",
     "Quantiles",
     "QueueInfo",
+    "Reason",
     "Statistic",
 ]
 
@@ -298,3 +300,43 @@ class Statistic:
     value: float | int | dt.datetime | None
     unit: str
     exact: bool
+
+
+class Reason(StrEnum):
+    """Why a job does not run now; the first obstacle, where there are several."""
+
+    ENDED = "ended"
+    RUNNING = "running"
+    CANCELLING = "cancelling"  # it runs, and was asked to stop
+    GROUP_LOST = "group lost"  # it ran under a group whose lease has ended; it waits to be rescued
+    NOT_DUE = "not due"
+    WAITING_FOR_RETRY = "waiting for retry"
+    QUEUE_PAUSED = "queue paused"
+    NO_GROUP = "no group"  # no living group serves its queue
+    SLOTS_BUSY = "slots busy"
+    IN_LINE = "in line"  # nothing stands in its way but jobs that are claimed before it
+    NOWHERE = "nowhere"  # in none of the tables; cannot happen
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a job does not run now, and what would change it.
+
+    Attributes:
+        reason: for programs. text, remedy: for people, each a sentence without its full stop.
+        until: when it changes by itself: due, or its group's lease ends; else None.
+        ahead: jobs of its queue that are claimed before it (10,000: or more); None: it is not in line.
+        group: the group that runs it, or ended it; else None.
+    """
+
+    job_id: int
+    status: JobStatus | None
+    reason: Reason
+    text: str
+    remedy: str
+    until: dt.datetime | None
+    ahead: int | None
+    group: uuid.UUID | None
+
+    def __str__(self) -> str:
+        return f"job {self.job_id}: {self.text}; {self.remedy}"

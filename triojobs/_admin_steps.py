@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any, Final, TypeAlias, TypeVar
 
 from ._admin_model import (
+    Explanation,
     GroupInfo,
     JobDetails,
     JobFilter,
@@ -27,9 +28,10 @@ from ._admin_model import (
 from ._admin_store import Step
 from ._client import REASON_LIMIT, checked_job_id, info_of
 from ._errors import JobNotFoundError, OptionError, checked_seconds
+from ._explanation import explained
 from ._options import checked_count, checked_name, checked_text, checked_time
 from ._queue import Queue
-from ._sql import counting, listing, pausing, selecting
+from ._sql import counting, explaining, listing, pausing, selecting
 from ._sql import statistics as statistics_sql
 from ._sql.counting import QueueCounts, Recent
 from ._sql.effects import Effect
@@ -38,6 +40,7 @@ from ._sql.selecting import Bounds, Search, Slice
 __all__ = [
     "Steps",
     "drain",
+    "explain",
     "groups",
     "job",
     "jobs",
@@ -113,6 +116,19 @@ def job(job_id: int, queue: Queue[Any, Any] | None) -> Step[JobDetails[Any]]:
         return Effect(JobDetails(info_of(raw, queue), history))
 
     return Step("reading a job", work)
+
+
+def explain(job_id: int) -> Step[Explanation]:
+    """Find out why a job does not run now."""
+    checked_job_id(job_id)
+
+    def work(conn: Any, schema: str) -> Effect[Explanation]:
+        found = explaining.facts(conn, schema, job_id)
+        if found is None:
+            raise JobNotFoundError(job_id, operation="explaining a job")
+        return Effect(explained(found))
+
+    return Step("explaining a job", work)
 
 
 def groups(*, closed: bool, limit: int, after: str | None) -> Step[Page[GroupInfo]]:

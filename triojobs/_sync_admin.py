@@ -10,7 +10,16 @@ import trio
 
 from . import _admin_steps as steps
 from ._admin import CALL_TIMEOUT, checked_arguments
-from ._admin_model import GroupInfo, JobDetails, JobFilter, JobSummary, Page, QueueInfo, Statistic
+from ._admin_model import (
+    Explanation,
+    GroupInfo,
+    JobDetails,
+    JobFilter,
+    JobSummary,
+    Page,
+    QueueInfo,
+    Statistic,
+)
 from ._admin_steps import Steps
 from ._admin_store import CallersConnection, Step, SyncAdminStore
 from ._bridge import on_loop
@@ -118,6 +127,10 @@ class SyncAdmin:
     def job(self, job_id: int, queue: Queue[Any, Any] | None = None) -> JobDetails[Any]:
         """Return one job with its attempts. See `Admin.job`."""
         return self._run(steps.job(job_id, queue))
+
+    def explain(self, job_id: int) -> Explanation:
+        """Return the one reason for which a job does not run now. See `Admin.explain`."""
+        return self._run(steps.explain(job_id))
 
     # Groups.
 

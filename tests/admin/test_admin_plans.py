@@ -17,7 +17,8 @@ from tools import PATIENCE, SCHEMA, Connection, Group, open_session, put
 
 from triojobs._admin_model import JobFilter
 from triojobs._admin_store import prepare_admin_session
-from triojobs._sql import counting, listing, selecting, statistics
+from triojobs._explanation import AHEAD_LIMIT
+from triojobs._sql import counting, explaining, listing, selecting, statistics
 from triojobs._sql.selecting import Bounds, Search
 
 FILL = """
@@ -244,3 +245,12 @@ def test_statistics_read_no_table_of_ended_jobs(grown: Grown) -> None:
     for plan in plans:
         assert rows_read(plan, "jobs_0", "jobs_1") <= counting.RECENT + 100
         assert rows_read(plan, "outcomes_0") <= 3 * counting.RECENT
+
+
+def test_explaining_counts_what_is_ahead_by_the_order_of_claims(grown: Grown) -> None:
+    for job_id, ahead in ((1_900_000, 66_667), (1_800_001, 33_333), (1_600_000, 0), (30_000, 0)):
+        (plan,) = grown.plans(explaining.facts, job_id)
+        assert not plan.walked & LARGE
+        # Priority 1 and 2 come before 0; no more than the limit are counted.
+        assert rows_read(plan, "ready") <= min(ahead, AHEAD_LIMIT) + 5
+        assert plan.pages < 2000
