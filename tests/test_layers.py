@@ -18,7 +18,7 @@ LAYERS = {
     2: "_sql",
     3: "_bridge _listener _postgres _wake _memory _admin_store",
     4: "_fetcher _handling _verdict _settler _heartbeat _comparison _registration _stacks _group _job _flusher",
-    5: "__init__ _open _client _outbox _sync_client _admin _sync_admin _admin_steps _explore testing",
+    5: "__init__ _open _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering _explore testing",
     6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -8,6 +8,7 @@ except ImportError as _exc:
 from ._admin import Admin as Admin
 from ._admin import open_admin as open_admin
 from ._admin_model import Attempt as Attempt
+from ._admin_model import BulkResult as BulkResult
 from ._admin_model import Explanation as Explanation
 from ._admin_model import GroupInfo as GroupInfo
 from ._admin_model import GroupState as GroupState

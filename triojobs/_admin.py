@@ -5,14 +5,17 @@ What the methods do is in `_admin_steps`, shared with the synchronous twin.
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from types import TracebackType
 from typing import Any, Final, TypeVar, overload
 
 import trio
 
+from . import _admin_steering as steering
 from . import _admin_steps as steps
 from ._admin_model import (
+    BulkResult,
     Explanation,
     GroupInfo,
     JobDetails,
@@ -22,6 +25,7 @@ from ._admin_model import (
     QueueInfo,
     Statistic,
 )
+from ._admin_steering import KEEP, Progress
 from ._admin_steps import Steps
 from ._admin_store import AdminStore, Step
 from ._client import async_side
@@ -34,6 +38,7 @@ __all__ = ["Admin", "open_admin"]
 T = TypeVar("T")
 PayloadT = TypeVar("PayloadT")
 
+BATCH: Final = 500  # jobs: some 20 ms, and few enough that nobody notices their locks
 CALL_TIMEOUT: Final = 10.0  # seconds; an operator's look may take longer than a worker's call
 IN_TRIO: Final = "call it from a Trio task; outside Trio use SyncAdmin"
 
@@ -123,6 +128,182 @@ class Admin:
             JobNotFoundError: there is no such job.
         """
         return await self._run(steps.explain(job_id))
+
+    # Steering.
+
+    @async_side(IN_TRIO)
+    async def cancel(self, job_id: int, *, reason: str = "cancelled") -> bool:
+        """Cancel one job: `Client.cancel`. True: it will not run (again); False: it had ended before.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return await self._run(steering.cancel(job_id, reason))
+
+    @async_side(IN_TRIO)
+    async def retry(self, job_id: int) -> bool:
+        """Run a job that has ended (done, killed, cancelled) once more, with all its attempts.
+
+        Returns:
+            False when it has not ended.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            DuplicateJobError: its key has passed on to another job.
+        """
+        return await self._run(steering.retry(job_id))
+
+    @async_side(IN_TRIO)
+    async def reschedule(
+        self, job_id: int, *, run_at: dt.datetime | None = None, delay: float | None = None
+    ) -> bool:
+        """Change when a job that waits is due: its first attempt, or the next one.
+
+        Args:
+            run_at: aware time. delay: seconds from now. Neither: at once, behind what is due.
+
+        Returns:
+            False when it does not wait: it runs, or has ended.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return await self._run(steering.reschedule(job_id, run_at, delay))
+
+    @overload
+    async def edit(
+        self, job_id: int, *, priority: int | None = None, max_attempts: int | None = None
+    ) -> bool: ...
+    @overload
+    async def edit(
+        self,
+        job_id: int,
+        *,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        priority: int | None = None,
+        max_attempts: int | None = None,
+    ) -> bool: ...
+    @async_side(IN_TRIO)
+    async def edit(
+        self,
+        job_id: int,
+        *,
+        queue: Queue[Any, Any] | None = None,
+        payload: Any = KEEP,
+        priority: int | None = None,
+        max_attempts: int | None = None,
+    ) -> bool:
+        """Change a job that has not started. A claim gets all of the changes, or comes before them.
+
+        Args:
+            queue, payload: the job's queue, and a new payload of its type.
+            priority, max_attempts: as in `Client.enqueue`; what is left out stays.
+
+        Returns:
+            False when it has started: it runs, or was tried before.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return await self._run(steering.edit(job_id, priority, max_attempts, queue, payload))
+
+    @async_side(IN_TRIO)
+    async def delete(self, job_id: int) -> bool:
+        """Delete a job that does not run, with its attempts and its key; nobody finds it any more.
+
+        Returns:
+            False when it runs: cancel it first.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return await self._run(steering.delete(job_id))
+
+    # Steering by filter. Each works through the jobs that existed when it began, oldest first, in
+    # transactions of `batch` jobs; an error says how many had been changed.
+
+    @async_side(IN_TRIO)
+    async def cancel_many(
+        self,
+        which: JobFilter,
+        *,
+        reason: str = "cancelled",
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Cancel the jobs that match and have not ended: those that wait at once, those that run by asking.
+
+        Args:
+            which: must name something. batch: 1 to 10,000 jobs in a transaction. progress: called with
+                the result so far after each batch. dry_run: count what would be touched, and change
+                nothing. (So in all methods that end in `_many`.)
+
+        Cancellation: between batches; what was changed stays.
+        """
+        how = steering.Batches(batch, progress, dry_run)
+        return await self._drive(steering.cancel_many(which, reason, how))
+
+    @async_side(IN_TRIO)
+    async def retry_many(
+        self,
+        which: JobFilter,
+        *,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Retry the jobs that match and have ended; the filter has to name their statuses.
+
+        Jobs whose key has passed on to another job are skipped. See `retry`, `cancel_many`.
+        """
+        return await self._drive(steering.retry_many(which, steering.Batches(batch, progress, dry_run)))
+
+    @async_side(IN_TRIO)
+    async def reschedule_many(
+        self,
+        which: JobFilter,
+        *,
+        run_at: dt.datetime | None = None,
+        delay: float | None = None,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Change when the jobs are due that match and wait. See `reschedule`, `cancel_many`."""
+        how = steering.Batches(batch, progress, dry_run)
+        return await self._drive(steering.reschedule_many(which, run_at, delay, how))
+
+    @async_side(IN_TRIO)
+    async def edit_many(
+        self,
+        which: JobFilter,
+        *,
+        priority: int | None = None,
+        max_attempts: int | None = None,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Change the jobs that match and have not started. See `edit`, `cancel_many`."""
+        how = steering.Batches(batch, progress, dry_run)
+        return await self._drive(steering.edit_many(which, priority, max_attempts, how))
+
+    @async_side(IN_TRIO)
+    async def delete_many(
+        self,
+        which: JobFilter,
+        *,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Delete the jobs that match and do not run. See `delete`, `cancel_many`.
+
+        Old jobs are better left to retention, which drops whole partitions.
+        """
+        return await self._drive(steering.delete_many(which, steering.Batches(batch, progress, dry_run)))
 
     # Groups.
 

@@ -18,6 +18,7 @@ from ._options import KEY_LIMIT, checked_metadata, checked_name, checked_text, c
 
 __all__ = [
     "Attempt",
+    "BulkResult",
     "Explanation",
     "GroupInfo",
     "GroupState",
@@ -340,3 +341,18 @@ class Explanation:
 
     def __str__(self) -> str:
         return f"job {self.job_id}: {self.text}; {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """What a call did to the jobs that a filter named.
+
+    Attributes:
+        touched: jobs that were changed (with `dry_run`: that would be).
+        skipped: jobs that matched when they were found, but had moved on when they were to be changed, or
+            cannot be changed: retried, though their key is another job's now; edited, though they had
+            been tried before.
+    """
+
+    touched: int
+    skipped: int

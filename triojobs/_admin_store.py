@@ -157,6 +157,15 @@ class CallersConnection:
                 cursor.execute("SELECT pg_notify(%s, '')", [notify.group_channel(group_id)])
         return effect.value
 
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Have all steps in the block undone if one fails, in the caller's transaction."""
+        if not _is_in_transaction(self._conn):
+            yield
+            return
+        with callers_transaction(self._conn, "steering"):
+            yield
+
     def _check_isolation(self, operation: str) -> None:
         row = plain_cursor(self._conn).execute("SHOW transaction_isolation").fetchone()
         if row != ("read committed",):

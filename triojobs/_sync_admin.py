@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import trio
 
+from . import _admin_steering as steering
 from . import _admin_steps as steps
-from ._admin import CALL_TIMEOUT, checked_arguments
+from ._admin import BATCH, CALL_TIMEOUT, checked_arguments
 from ._admin_model import (
+    BulkResult,
     Explanation,
     GroupInfo,
     JobDetails,
@@ -20,6 +23,7 @@ from ._admin_model import (
     QueueInfo,
     Statistic,
 )
+from ._admin_steering import KEEP, Progress
 from ._admin_steps import Steps
 from ._admin_store import CallersConnection, Step, SyncAdminStore
 from ._bridge import on_loop
@@ -132,6 +136,116 @@ class SyncAdmin:
         """Return the one reason for which a job does not run now. See `Admin.explain`."""
         return self._run(steps.explain(job_id))
 
+    # Steering.
+
+    def cancel(self, job_id: int, *, reason: str = "cancelled") -> bool:
+        """Cancel one job. See `Admin.cancel`."""
+        return self._run(steering.cancel(job_id, reason))
+
+    def retry(self, job_id: int) -> bool:
+        """Run a job that has ended (done, killed, cancelled) once more, with all its attempts. See `Admin.retry`."""
+        return self._run(steering.retry(job_id))
+
+    def reschedule(
+        self, job_id: int, *, run_at: dt.datetime | None = None, delay: float | None = None
+    ) -> bool:
+        """Change when a job that waits is due. See `Admin.reschedule`."""
+        return self._run(steering.reschedule(job_id, run_at, delay))
+
+    @overload
+    def edit(self, job_id: int, *, priority: int | None = None, max_attempts: int | None = None) -> bool: ...
+    @overload
+    def edit(
+        self,
+        job_id: int,
+        *,
+        queue: Queue[PayloadT, Any],
+        payload: PayloadT,
+        priority: int | None = None,
+        max_attempts: int | None = None,
+    ) -> bool: ...
+    def edit(
+        self,
+        job_id: int,
+        *,
+        queue: Queue[Any, Any] | None = None,
+        payload: Any = KEEP,
+        priority: int | None = None,
+        max_attempts: int | None = None,
+    ) -> bool:
+        """Change a job that has not started. See `Admin.edit`."""
+        return self._run(steering.edit(job_id, priority, max_attempts, queue, payload))
+
+    def delete(self, job_id: int) -> bool:
+        """Delete a job that does not run, with its attempts and its key. See `Admin.delete`."""
+        return self._run(steering.delete(job_id))
+
+    # Steering by filter. Each works through the jobs that existed when it began, oldest first, in
+    # transactions of `batch` jobs; an error says how many had been changed.
+
+    def cancel_many(
+        self,
+        which: JobFilter,
+        *,
+        reason: str = "cancelled",
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Cancel the jobs that match and have not ended. See `Admin.cancel_many`."""
+        how = steering.Batches(batch, progress, dry_run)
+        return self._drive(steering.cancel_many(which, reason, how))
+
+    def retry_many(
+        self,
+        which: JobFilter,
+        *,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Retry the jobs that match and have ended. See `Admin.retry_many`."""
+        return self._drive(steering.retry_many(which, steering.Batches(batch, progress, dry_run)))
+
+    def reschedule_many(
+        self,
+        which: JobFilter,
+        *,
+        run_at: dt.datetime | None = None,
+        delay: float | None = None,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Change when the jobs are due that match and wait. See `Admin.reschedule_many`."""
+        how = steering.Batches(batch, progress, dry_run)
+        return self._drive(steering.reschedule_many(which, run_at, delay, how))
+
+    def edit_many(
+        self,
+        which: JobFilter,
+        *,
+        priority: int | None = None,
+        max_attempts: int | None = None,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Change the jobs that match and have not started. See `Admin.edit_many`."""
+        how = steering.Batches(batch, progress, dry_run)
+        return self._drive(steering.edit_many(which, priority, max_attempts, how))
+
+    def delete_many(
+        self,
+        which: JobFilter,
+        *,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Delete the jobs that match and do not run. See `Admin.delete_many`."""
+        return self._drive(steering.delete_many(which, steering.Batches(batch, progress, dry_run)))
+
     # Groups.
 
     def groups(self, *, closed: bool = False, limit: int = 100, after: str | None = None) -> Page[GroupInfo]:
@@ -183,6 +297,10 @@ class AdminOnConnection(SyncAdmin):
     def _run(self, step: Step[T]) -> T:
         return self._connection.run(step)
 
+    def _drive(self, given: Steps[T]) -> T:
+        with self._connection.one_call():
+            return super()._drive(given)
+
 
 def admin_on(conn: psycopg.Connection[Any], *, schema: str = DEFAULT_SCHEMA) -> SyncAdmin:
     """Return an admin that works in the caller's transaction: `admin_on(conn).cancel(job_id)`.
@@ -194,7 +312,7 @@ def admin_on(conn: psycopg.Connection[Any], *, schema: str = DEFAULT_SCHEMA) -> 
     Args:
         conn: a synchronous psycopg connection; it is left as it was found, and is not closed. Steering
             needs READ COMMITTED. In autocommit mode, outside of a transaction, each call is a
-            transaction of its own. schema: where the tables are.
+            transaction of its own, or as many as it has batches. schema: where the tables are.
 
     Threads: any, also where a Trio loop runs; blocks its thread.
     """

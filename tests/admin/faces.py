@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 import trio
-from tools import SCHEMA, Connection, Group, put_one
+from tools import PATIENCE, SCHEMA, Connection, Group, put_one
 
 import triojobs
 from triojobs._model import Outcome
@@ -36,10 +36,10 @@ class Face:
 async def open_face(name: str, conninfo: str) -> AsyncIterator[Face]:
     """Open one of the faces; `admin_on` gets a connection in autocommit."""
     if name == "Admin":
-        async with triojobs.open_admin(conninfo) as admin:
+        async with triojobs.open_admin(conninfo, call_timeout=PATIENCE) as admin:
             yield Face(admin)
     elif name == "SyncAdmin":
-        sync = triojobs.SyncAdmin(conninfo)
+        sync = triojobs.SyncAdmin(conninfo, call_timeout=PATIENCE)
         try:
             yield Face(sync)
         finally:

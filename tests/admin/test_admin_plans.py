@@ -53,6 +53,7 @@ class Grown:
 
     def __init__(self, conn: Connection) -> None:
         self.conn = conn
+        conn.execute("SET statement_timeout = 0")  # of the filling alone
         for part in FILL.split(";\n"):
             conn.execute(part)  # type: ignore[call-overload]
         self.group = Group(conn)
@@ -71,6 +72,12 @@ class Grown:
             bounds = selecting.time_bounds(self.conn, SCHEMA, which)
         (plan,) = self.plans(listing.summaries, search, bounds, limit=50)
         return plan
+
+
+@pytest.fixture
+def database(fresh_database: str) -> str:
+    """The shared one is grown."""
+    return fresh_database
 
 
 @pytest.fixture(scope="module")

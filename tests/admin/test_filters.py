@@ -101,8 +101,7 @@ def matches(job: RawJob, which: JobFilter) -> bool:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("slice_size", [3, 10_000])
+@pytest.mark.parametrize(("slice_size", "seed"), [(3, 0), (3, 1), (10_000, 2), (10_000, 3), (10_000, 4)])
 def test_a_filter_finds_what_its_words_say(
     db: Connection,
     admin: triojobs.SyncAdmin,

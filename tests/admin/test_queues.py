@@ -15,6 +15,13 @@ from triojobs._model import Outcome
 from triojobs._sql import counting, groups, operate, pausing
 from triojobs._sql import statistics as statistics_sql
 
+
+@pytest.fixture
+def database(fresh_database: str) -> str:
+    """The server's statistics of an emptied database lag behind."""
+    return fresh_database
+
+
 NOTHING = {"done": 0, "failed": 0, "killed": 0, "cancelled": 0}
 
 

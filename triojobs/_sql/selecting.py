@@ -19,7 +19,7 @@ from .._model import JobStatus
 from .._options import checked_metadata
 from .statements import plain_cursor, statement
 
-__all__ = ["Bounds", "Search", "Slice", "find", "time_bounds"]
+__all__ = ["ALIVE", "EVERY", "WAITING", "Bounds", "Search", "Slice", "find", "present", "time_bounds"]
 
 CHEAP_SLICE: Final = 50_000  # candidates that need no look elsewhere: 10 to 25 ms
 SLICE: Final = 10_000  # candidates that are looked up in other tables, five for a status: 20 to 60 ms
@@ -139,6 +139,8 @@ CROSS JOIN LATERAL (
     SELECT v.status, v.finished_at FROM {schema}.job_status v WHERE v.id = c.id OFFSET 0
 ) s
 """
+
+LAST_GIVEN: Final = "SELECT last_value FROM {schema}.job_ids"
 
 TIME_BOUNDS: Final = """
 SELECT {schema}.first_id_since(%(since)s::timestamptz - %(room)s::float8 * interval '1 second'),
@@ -293,6 +295,14 @@ class Search:
         if source != WAITING_JOBS and not source.statuses <= self.statuses:
             found += " AND s.status = ANY (%(statuses)s)"
         return found
+
+
+def present(conn: psycopg.Connection[Any], schema: str, which: JobFilter) -> Bounds:
+    """Return between which ids jobs of the filter's times can be that are enqueued by now."""
+    bounds = time_bounds(conn, schema, which)
+    row = plain_cursor(conn).execute(statement(LAST_GIVEN, schema)).fetchone()
+    assert row is not None
+    return Bounds(bounds.low, min(bounds.high, int(row[0]) + 1))
 
 
 def time_bounds(conn: psycopg.Connection[Any], schema: str, which: JobFilter) -> Bounds:
