@@ -13,19 +13,30 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
-    0: "_errors _model _options _version _admin_model",
+    0: "_errors _model _options _version _logs _admin_model",
     1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables _explanation",
     2: "_sql",
-    3: "_bridge _listener _postgres _wake _memory _admin_store",
-    4: "_fetcher _handling _verdict _settler _heartbeat _comparison _registration _stacks _group _job _flusher",
-    5: "__init__ _open _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering _explore testing",
+    3: "_bridge _commit _listener _beats _postgres _sync_store _wake _memory _admin_store",
+    4: "_fetcher _handling _verdict _settler _heartbeat _comparison _stubborn _stacks _registration _group"
+    " _job _flusher",
+    5: "__init__ _open _serve _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering"
+    " _explore testing",
     6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # __init__ only tries the import, to say what to install; the demo is written like a user's program.
-PSYCOPG = {"__init__", "_sql", "_bridge", "_listener", "_postgres", "_admin_store", "cli", "board"} | {
-    name for name in LAYER_OF if "embedded" in name
-}
+PSYCOPG = {
+    "__init__",
+    "_sql",
+    "_bridge",
+    "_commit",
+    "_listener",
+    "_postgres",
+    "_sync_store",
+    "_admin_store",
+    "cli",
+    "board",
+} | {name for name in LAYER_OF if "embedded" in name}
 THREADS = {"_bridge", "cli"}
 # Downwards but for these, each with its reason.
 EXCEPTIONS = {

@@ -45,12 +45,12 @@ from ._group import WorkerGroup as WorkerGroup
 from ._job import Job as Job
 from ._model import Enqueued as Enqueued
 from ._model import GroupStatistics as GroupStatistics
+from ._model import HardStop as HardStop
 from ._model import JobInfo as JobInfo
 from ._model import JobStatus as JobStatus
 from ._model import ShutdownReport as ShutdownReport
 from ._open import open_client as open_client
 from ._open import open_worker_group as open_worker_group
-from ._open import serve as serve
 from ._outbox import enqueue_many_on as enqueue_many_on
 from ._outbox import enqueue_on as enqueue_on
 from ._outbox import try_enqueue_many_on as try_enqueue_many_on
@@ -58,6 +58,7 @@ from ._outbox import try_enqueue_on as try_enqueue_on
 from ._queue import NewJob as NewJob
 from ._queue import Queue as Queue
 from ._queue import Worker as Worker
+from ._serve import serve as serve
 from ._sql.schema import migrate as migrate
 from ._sql.schema import verify_schema as verify_schema
 from ._sync_admin import SyncAdmin as SyncAdmin

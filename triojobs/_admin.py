@@ -30,7 +30,7 @@ from ._admin_steps import Steps
 from ._admin_store import AdminStore, Step
 from ._client import async_side
 from ._errors import OptionError, checked_seconds
-from ._options import DEFAULT_SCHEMA, checked_schema
+from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema
 from ._queue import Queue
 
 __all__ = ["Admin", "open_admin"]
@@ -427,9 +427,8 @@ def open_admin(
     return AdminContext(AdminStore(**checked_arguments(conninfo, schema, call_timeout, pooled)))
 
 
-def checked_arguments(conninfo: object, schema: str, call_timeout: float, pooled: bool) -> dict[str, Any]:
-    if not isinstance(conninfo, str) or "\0" in conninfo:
-        raise OptionError("conninfo", "…", "a libpq connection string or URI (str without NUL)")
+def checked_arguments(conninfo: str, schema: str, call_timeout: float, pooled: bool) -> dict[str, Any]:
+    checked_conninfo("conninfo", conninfo)
     if not isinstance(pooled, bool):
         raise OptionError("pooled", pooled, "True or False")
     return {

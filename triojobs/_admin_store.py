@@ -22,7 +22,7 @@ from ._sql.effects import Effect
 from ._sql.enqueue import NOTIFY_INSIDE
 from ._sql.failures import translate
 from ._sql.schema import check_schema
-from ._sql.session import prepare_session, refuse_undeclared_pooler
+from ._sql.session import begin_transaction, prepare_session, refuse_undeclared_pooler
 from ._sql.statements import plain_cursor, statement
 
 __all__ = ["AdminStore", "CallersConnection", "Step", "SyncAdminStore", "prepare_admin_session"]
@@ -76,12 +76,23 @@ def open_line(breaker: Breaker, conninfo: str, *, call_timeout: float, pooled: b
     """Return the line of an admin's connections; they are opened on demand."""
 
     def prepare(conn: psycopg.Connection[Any]) -> None:
-        refuse_undeclared_pooler(conn, declared=pooled)
         if not pooled:
+            refuse_undeclared_pooler(conn)
             prepare_admin_session(conn, call_timeout=call_timeout)
 
+    def begin(conn: psycopg.Connection[Any]) -> None:
+        begin_transaction(conn, call_timeout=call_timeout)
+        conn.execute("SET LOCAL max_parallel_workers_per_gather = 0")
+
     return Line(
-        "admin", conninfo, breaker, call_timeout=call_timeout, prepare=prepare, size=size, pooled=pooled
+        "admin",
+        conninfo,
+        breaker,
+        call_timeout=call_timeout,
+        prepare=prepare,
+        size=size,
+        pooled=pooled,
+        begin=begin,
     )
 
 

@@ -13,7 +13,7 @@ from ._errors import OptionError, checked_seconds
 
 __all__ = ["Backoff", "reconnect_delay"]
 
-RECONNECT_FIRST: Final = 0.1  # seconds; a restart of PostgreSQL takes about this long at best
+RECONNECT_FIRST: Final = 0.2  # seconds; a restart of PostgreSQL takes about half of it at best
 RECONNECT_LIMIT: Final = 5.0  # seconds; nobody wants to wait longer once the server is back
 
 
@@ -59,6 +59,10 @@ class Backoff:
 
 
 def reconnect_delay(failures: int, random: Callable[[], float]) -> float:
-    """Return seconds to wait after `failures` (from 1) failed calls in a row: full jitter, capped."""
+    """Return seconds to wait after `failures` (from 1) failed calls in a row: jittered by half, capped.
+
+    With the first try these are at most four tries in any second: a server without disk, memory or
+    connections is not helped by haste.
+    """
     ceiling = min(RECONNECT_LIMIT, RECONNECT_FIRST * 2.0 ** min(failures - 1, 16))
-    return ceiling * (0.25 + 0.75 * random())
+    return ceiling * (0.5 + 0.5 * random())

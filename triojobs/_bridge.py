@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
 import select
@@ -29,18 +28,23 @@ import outcome
 import psycopg
 import trio
 
-from ._errors import TriojobsError
+from ._errors import DatabaseError, TriojobsError
+from ._logs import Log
 from ._sql import failures
-from ._sql.failures import RECONNECT, RETRY, translate
+from ._sql.failures import Remedy, remedy, translate
+from ._sql.hosts import Hosts
 
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.bridge")
+log = Log("triojobs.bridge")
 
+CONNECT_LEAST: Final = (
+    1.0  # seconds to a deadline that are worth a connect; libpq may take two, so one too many
+)
 CANCEL_WAIT: Final = 1.0  # seconds that the server gets to obey a cancel before the socket is shut
 RETRIES: Final = 5  # repetitions after a deadlock, a serialization failure or a lock timeout
-CONNECT_TIMEOUT_LEAST: Final = 2  # seconds; libpq's minimum
+RESTORE_TIME: Final = 1.0  # seconds for a statement of 60 µs
 KEEPALIVE: Final = {
     # Both are needed: keepalives see a peer that is gone while we wait, tcp_user_timeout one that
     # is gone while we send. Neither sees a host that is alive but hung; the breaker does.
@@ -76,6 +80,14 @@ async def run_in_thread(fn: Callable[[], T], limiter: trio.CapacityLimiter) -> T
     return await trio.to_thread.run_sync(fn, limiter=limiter, abandon_on_cancel=False)
 
 
+def reached(operation: str, point: str) -> None:
+    """Say where a call is, in its thread. Does nothing; tests put a gate here.
+
+    The points of each call, in this order: "enter", "connected", "executed" (committed on the server),
+    "committed" (booked here), "exit".
+    """
+
+
 class BrokenOff(Exception):
     """The job was cancelled before its work began."""
 
@@ -102,6 +114,7 @@ class Call:
         self.unwanted = False
         self.breaking = False
         self.done = False
+        self.uncommitted = False  # inside `transaction`, before its COMMIT: nothing can have been committed
         self.lock = threading.Lock()
         self._on_commit: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[psycopg.Connection[Any]], None]] = []
@@ -128,6 +141,14 @@ class Call:
                 if not self.breaking:
                     self.extend()
                 self.guarded = True
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the block one transaction, so that an error before its COMMIT says that nothing was written."""
+        self.uncommitted = True
+        with self.conn.transaction():
+            yield
+            self.uncommitted = False
 
     def on_commit(self, do: Callable[[], None]) -> None:
         """Have `do` called in this thread right after the commit."""
@@ -271,8 +292,10 @@ class Line:
 
     Args:
         prepare: called with each new connection (session settings).
-        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction and
-            leaves nothing behind in the session.
+        restore: called with a connection after each call; undoes what the user's work left behind.
+        pooled: behind PgBouncer in transaction mode: each call is one explicit transaction, begins with
+            `begin` (settings that travel in it), and leaves nothing behind in the session.
+        hosts: those of `conninfo`, shared by lines that may learn from each other who answers.
     """
 
     def __init__(
@@ -283,19 +306,30 @@ class Line:
         *,
         call_timeout: float,
         prepare: Callable[[psycopg.Connection[Any]], None],
+        restore: Callable[[psycopg.Connection[Any]], None] | None = None,
         size: int = 1,
         pooled: bool = False,
+        begin: Callable[[psycopg.Connection[Any]], None] = lambda conn: None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.role = role
         self._conninfo = conninfo
+        self._hosts = Hosts(conninfo) if hosts is None else hosts
         self._breaker = breaker
         self._call_timeout = call_timeout
         self._prepare = prepare
+        self._restore = restore
         self._pooled = pooled
+        self._begin = begin
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
         self._closed = False
         self._pid = os.getpid()
+
+    @property
+    def longest_call(self) -> float:
+        """Seconds after which a call of ours has ended, whatever happened to it."""
+        return self._call_timeout + CANCEL_WAIT
 
     async def run(self, operation: str, fn: Callable[[Call], T], *, deadline: float | None = None) -> T:
         """Run `fn` in a thread, on one of the connections.
@@ -323,14 +357,25 @@ class Line:
 
         return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
 
-    async def take_out(self, operation: str) -> psycopg.Connection[Any]:
-        """Return a connection that is no longer this line's; the caller closes it."""
-        conn = await self.run(operation, lambda call: call.conn)
+    async def take_out(
+        self, operation: str, fn: Callable[[psycopg.Connection[Any]], None]
+    ) -> psycopg.Connection[Any]:
+        """Run `fn`, and return its connection, which is no longer this line's; the caller closes it."""
+
+        def work(call: Call) -> psycopg.Connection[Any]:
+            fn(call.conn)
+            return call.conn
+
+        conn = await self.run(operation, work)
+        if conn not in self._idle:  # it was broken off, or broke, in the last moment
+            raise DatabaseError("the connection was lost", operation=operation, transient=True)
         self._idle.remove(conn)
         return conn
 
     async def run_breakable(self, operation: str, fn: Callable[[Call], T]) -> T:
         """Run `fn` once, breaking it off when the caller is cancelled while `call.guarded` is False.
+
+        `fn` makes its transaction itself: settings of ours would bound the user's statements in it.
 
         A value that comes back in spite of a cancel is returned: its commit has happened. An error that
         comes back may be the cancel's doing: the caller decides.
@@ -345,6 +390,7 @@ class Line:
                 self._breaker.break_off(call)
             return fn(call)
 
+        @trio.lowlevel.enable_ki_protection
         async def watch() -> None:
             nonlocal cancelled
             try:
@@ -367,7 +413,9 @@ class Line:
 
     async def _run_once(self, operation: str, fn: Callable[[Call], T]) -> T:
         return await trio.to_thread.run_sync(
-            partial(self.call, operation, fn, retries=0), limiter=self._limiter, abandon_on_cancel=False
+            partial(self.call, operation, fn, retries=0, own_transaction=True),
+            limiter=self._limiter,
+            abandon_on_cancel=False,
         )
 
     def call(
@@ -377,35 +425,52 @@ class Line:
         deadline: float | None = None,
         *,
         retries: int = RETRIES,
+        own_transaction: bool = False,
     ) -> T:
-        """Run `fn` in this thread. See `run`."""
-        if os.getpid() != self._pid:
+        """Run `fn` in this thread. See `run` and `run_breakable`."""
+        reached(operation, "enter")
+        self.check_owner(operation)
+        now = clock()
+        left = float("inf") if deadline is None else deadline - now
+        latest = now + _usable(left)
+        limit = min(now + self._call_timeout, latest)
+        conn = self._take_idle() if left > 0 else None
+        if conn is None:
+            if left < CONNECT_LEAST:
+                raise DatabaseError("there is no time left", operation=operation, transient=True)
+            conn = self._open(operation, limit)
+        reached(operation, "connected")
+        if self._pooled and not own_transaction:
+            fn = partial(self._in_transaction, fn=fn)
+        try:
+            return self._attempts(operation, fn, conn, limit, latest, retries)
+        finally:
+            if self._reusable(conn):
+                self._idle.append(conn)
+            else:
+                conn.close()
+            reached(operation, "exit")
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether this process opened the connections, and did not inherit them by a fork."""
+        return os.getpid() == self._pid
+
+    def check_owner(self, operation: str) -> None:
+        """Raise TriojobsError in a forked child."""
+        if not self.is_owned:
             raise TriojobsError(
                 f"process {os.getpid()} uses connections of its parent {self._pid}",
                 operation=operation,
                 hint="open a client or group of its own after the fork",
             )
-        now = clock()
-        limit = now + self._call_timeout
-        latest = float("inf")
-        if deadline is not None:
-            latest = now + _usable(deadline - now)
-            limit = min(limit, latest)
-        conn = self._take(operation, limit)
-        try:
-            return self._attempts(operation, fn, conn, limit, latest, retries)
-        finally:
-            if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
-                conn.close()
-            else:
-                self._idle.append(conn)
 
     def close(self) -> None:
         """Close the connections: idle ones now, others after their call."""
         self._closed = True
         while self._idle:
             conn = self._idle.pop()
-            if os.getpid() == self._pid:  # a forked child would say goodbye in its parent's name
+            if self.is_owned:  # a forked child would say goodbye in its parent's name
                 conn.close()
 
     def _attempts(
@@ -421,38 +486,63 @@ class Line:
             call = Call(conn, limit, self._call_timeout, latest)
             try:
                 with self._breaker.watch(call):
-                    result = self._in_transaction(call, fn) if self._pooled else fn(call)
+                    result = fn(call)
+                    reached(operation, "executed")
                     call.finish()
+                    reached(operation, "committed")
                 return result
             except psycopg.Error as exc:
-                if exc.sqlstate in RECONNECT:
+                what_helps = remedy(exc)
+                if what_helps is Remedy.RECONNECT:
                     conn.close()
                 pause = random.uniform(0.01, 0.1)
-                if exc.sqlstate in RETRY and attempt < retries and clock() + pause < limit:
+                again = what_helps is Remedy.RETRY and attempt < retries and not call.breaking
+                if again and clock() + pause < limit:
                     time.sleep(pause)
                     continue
-                raise translate(exc, operation=operation) from exc
+                error = translate(exc, operation=operation)
+                if call.uncommitted:
+                    error.committed = False
+                raise error from exc
+            finally:
+                if call.breaking:
+                    # The call has ended by itself, and the cancel that was sent for it is still on
+                    # its way: it would hit whatever this connection does next.
+                    conn.close()
         raise AssertionError  # the last attempt returns or raises
 
+    def _reusable(self, conn: psycopg.Connection[Any]) -> bool:
+        """Whether the next call may have this connection; restores it for that."""
+        if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+            return False
+        if self._restore is None or self._pooled:
+            return True
+        # Somebody waits for the value of the call before: rather lose the connection than be long.
+        call = Call(conn, clock() + min(self._call_timeout, RESTORE_TIME), self._call_timeout)
+        try:
+            with self._breaker.watch(call):
+                self._restore(conn)
+        except psycopg.Error as exc:
+            log.debug("a connection is not used again: %s", exc, extra={"event": "not_restored"})
+            return False
+        return not call.breaking
+
     def _in_transaction(self, call: Call, fn: Callable[[Call], T]) -> T:
-        milliseconds = int(self._call_timeout * 1000)
         with call.conn.transaction():
-            call.conn.execute(
-                "SELECT set_config('statement_timeout', %(t)s, true), set_config('lock_timeout', '2s', true)",
-                {"t": f"{milliseconds}ms"},
-            )
+            self._begin(call.conn)
             return fn(call)
 
-    def _take(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+    def _take_idle(self) -> psycopg.Connection[Any] | None:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
             if not conn.closed and not _readable(conn.fileno()):
                 return conn
             conn.close()
-        conn = connect(
-            self._conninfo, limit - clock(), operation=operation, role=self.role, pooled=self._pooled
-        )
+        return None
+
+    def _open(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+        conn = self._connect(operation, limit)
         try:
             with self._breaker.watch(Call(conn, limit, self._call_timeout)):
                 self._prepare(conn)
@@ -465,21 +555,22 @@ class Line:
             raise error from exc
         return conn
 
+    def _connect(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+        """Open an autocommit connection pinned to READ COMMITTED, by about `limit`."""
+        overrides, defaults = self._hosts.choose(limit - clock())
+        conn = failures.connect(
+            self._conninfo,
+            operation=operation,
+            application_name=f"triojobs {self.role}",
+            prepare_threshold=None if self._pooled else PREPARE_THRESHOLD,
+            overrides=overrides,
+            **defaults,
+            **KEEPALIVE,
+        )
+        self._hosts.answered(conn)
+        conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return conn
+
 
 IDLE: Final = psycopg.pq.TransactionStatus.IDLE
-
-
-def connect(
-    conninfo: str, seconds: float, *, operation: str, role: str, pooled: bool
-) -> psycopg.Connection[Any]:
-    """Open an autocommit connection pinned to READ COMMITTED, within about `seconds`."""
-    conn = failures.connect(
-        conninfo,
-        operation=operation,
-        application_name=f"triojobs {role}",
-        prepare_threshold=None if pooled else 2,
-        connect_timeout=max(CONNECT_TIMEOUT_LEAST, int(seconds)),
-        **KEEPALIVE,
-    )
-    conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-    return conn
+PREPARE_THRESHOLD: Final = 2  # uses of a statement before the server keeps its plan

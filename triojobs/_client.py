@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
-import logging
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -33,21 +32,23 @@ from ._errors import (
     OptionError,
     TriojobsError,
     checked_seconds,
+    cut,
 )
 from ._flusher import Flusher
+from ._logs import Log
 from ._model import Enqueued, JobInfo, JobStatus, KeyUntil, NewRow, OnConflict, RawJob
 from ._options import checked_count, checked_text
 from ._queue import NewJob, Queue, new_row
 from ._store import Store
 
-__all__ = ["Client", "info_of", "wrong_side"]
+__all__ = ["IN_TRIO", "Client", "async_side", "info_of", "on_loop", "wrong_side"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-log = logging.getLogger("triojobs.client")
+log = Log("triojobs.client")
 
 ENCODED_AT_ONCE: Final = 500  # payloads between two checkpoints of a large call: about a millisecond
 FIRST_LOOK: Final = 0.02  # seconds before a waiter looks again; grows while nothing ends
@@ -99,9 +100,12 @@ class Client:
         self._closed = False
 
     def _check_open(self) -> None:
+        """Raise unless the client is open and this is the process and the Trio program it was opened in."""
         if self._closed:
             raise trio.ClosedResourceError("this triojobs client is closed")
         self._store.check_owner()
+        if on_loop() and not self._flusher.serves_this_loop():
+            raise wrong_side("a client of another trio.run", "open a client in this one")
 
     # Enqueue.
 
@@ -375,8 +379,7 @@ class Client:
         if not on_loop():
             raise wrong_side("as_completed", IN_TRIO)
         self._check_open()
-        wanted = dict.fromkeys(checked_job_id(job_id) for job_id in job_ids)
-        return self._as_completed(list(wanted), queue)
+        return self._as_completed([checked_job_id(job_id) for job_id in job_ids], queue)
 
     @asynccontextmanager
     async def _as_completed(
@@ -390,12 +393,13 @@ class Client:
         async with aclosing(completions()) as infos:
             yield infos
 
-    async def _ends(self, waiting: list[int]) -> AsyncGenerator[RawJob, None]:
+    async def _ends(self, job_ids: Iterable[int]) -> AsyncGenerator[RawJob, None]:
+        waiting = dict.fromkeys(job_ids)
         look = FIRST_LOOK
         while waiting:
             self._check_open()
             try:
-                ended = await self._store.ended(waiting)
+                ended = await self._store.ended(list(waiting))
                 raws = await self._store.read_jobs(ended) if ended else []
             except DatabaseError as exc:
                 if not exc.transient:
@@ -403,7 +407,7 @@ class Client:
                 log.warning("%s", exc, extra={"event": "wait_failed"})
                 ended, raws = [], []
             for raw in completed(ended, raws):
-                waiting.remove(raw.id)
+                del waiting[raw.id]
                 look = FIRST_LOOK
                 yield raw
             if waiting:
@@ -475,7 +479,8 @@ def info_of(raw: RawJob, queue: Queue[Any, Any] | None) -> JobInfo[Any]:
     if queue is not None:
         if queue.name != raw.queue:
             raise OptionError("queue", queue.name, f"the queue of job {raw.id}: {raw.queue!r}")
-        payload = queue.decode_payload(raw.payload, raw.encoding)
+        with _fitting("payload", raw, queue):
+            payload = queue.decode_payload(raw.payload, raw.encoding)
         result = _result(raw, queue)
     else:
         payload = _plain(raw.payload, raw.encoding)
@@ -515,7 +520,25 @@ def result_of(raw: RawJob, queue: Queue[Any, Any] | None) -> Any:
 
 
 def _result(raw: RawJob, queue: Queue[Any, Any]) -> Any:
-    return None if raw.result is None else queue.decode_result(raw.result, raw.result_encoding or "cbor")
+    if raw.result is None:
+        return None
+    with _fitting("result", raw, queue):
+        return queue.decode_result(raw.result, raw.result_encoding or "cbor")
+
+
+@contextmanager
+def _fitting(what: str, raw: RawJob, queue: Queue[Any, Any]) -> Iterator[None]:
+    """Turn whatever a conversion raises into a CodecError that names the job."""
+    try:
+        yield
+    except CodecError:
+        raise
+    except Exception as exc:
+        raise CodecError(
+            f"the {what} of job {raw.id} does not fit {queue!r}: {cut(exc)}",
+            operation="reading jobs",
+            hint="declare the queue as its producers and workers do, or read the job without it",
+        ) from exc
 
 
 def _plain(data: bytes | None, encoding: str | None) -> Any:

@@ -21,13 +21,14 @@ import trio
 
 from ._backoff import reconnect_delay
 from ._errors import DatabaseError, SchemaError
+from ._logs import Log
 from ._model import CancelRequest
 from ._registration import LiveRegistration
 from ._store import Store
 
 __all__ = ["LOST", "compare_when_in_doubt"]
 
-log = logging.getLogger("triojobs.comparison")
+log = Log("triojobs.comparison")
 
 LOST: Final = "the database lost this claim"  # what the handler of such a job sees as its reason
 
@@ -44,20 +45,19 @@ async def compare_when_in_doubt(
     while True:
         await live.in_doubt.wait_value(True)
         try:
-            over = not await _compare(live, store)
+            if await _compare(live, store):
+                failures = 0
+                on_compared()
+                continue
+            store.beat_now(
+                live.group_id
+            )  # the registration is over: a beat tells it to all, and ends this task
         except SchemaError:
             raise  # does not heal by waiting
         except DatabaseError as exc:
             log.warning("%s", exc, extra={"event": "compare_failed", "sqlstate": exc.sqlstate})
-            over = True
-        if over:
-            # Or the registration is over: the beats tell that, and end this task.
-            store.beat_now(live.group_id)
-            failures += 1
-            await trio.sleep(reconnect_delay(failures, random.random))
-        else:
-            failures = 0
-            on_compared()
+        failures += 1
+        await trio.sleep(reconnect_delay(failures, random.random))
 
 
 async def _compare(live: LiveRegistration, store: Store) -> bool:
@@ -74,7 +74,8 @@ async def _compare(live: LiveRegistration, store: Store) -> bool:
     live.unknown_claim = live.in_doubt.value = False
     for job_id, claim_no in lost:
         live.on_cancel_request(CancelRequest(job_id, claim_no, LOST))
-    log.warning(
+    log.log(
+        logging.WARNING if lost or found.released else logging.INFO,
         "compared the leases of worker group %s: %d claim(s) were lost, %d unknown row(s) were given back",
         live.group_id,
         len(lost),

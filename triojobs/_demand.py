@@ -75,7 +75,6 @@ class Demand:
     def claimed(self, now: float) -> None:
         """Note that a claim was made."""
         self._last_claim = now
-        self._turn += 1
 
     def next_claim(self, free: Mapping[str, int], now: float) -> tuple[dict[str, int], float]:
         """Return what to claim now and, when that is nothing, when to ask again (inf: when woken).
@@ -88,9 +87,14 @@ class Demand:
             asking = share(asking, max(0, self._cap - running), self._turn)
         if not asking:
             return {}, math.inf
-        soon = any(2 * n >= min(self._slots[queue], self._cap or math.inf) for queue, n in asking.items())
+        soon = any(2 * n >= self._slots[queue] for queue, n in asking.items()) or (
+            self._cap is not None and 2 * sum(asking.values()) >= self._cap
+        )
         ripe = self._last_claim + self._linger
         if soon or now >= ripe:
             self._woken -= asking.keys()
+            # Dealt like cards: the next round begins where this one ended. Were it moved by one each
+            # time, claims that alternate between one and two would favour the same queue for ever.
+            self._turn += sum(asking.values())
             return asking, now
         return {}, ripe

@@ -11,7 +11,6 @@ the database may have lost others. Then nothing is claimed until ledger and leas
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from ._backoff import reconnect_delay
 from ._demand import Demand
 from ._errors import DatabaseError, SchemaError
 from ._handling import Slots
+from ._logs import Log
 from ._options import GroupOptions
 from ._registration import LiveRegistration
 from ._store import ClaimOrder, ClaimReply, Store
@@ -29,7 +29,7 @@ from ._wake import Wake
 
 __all__ = ["Fetcher"]
 
-log = logging.getLogger("triojobs.fetcher")
+log = Log("triojobs.fetcher")
 
 
 class Fetcher:

@@ -19,7 +19,6 @@ The group is a class with protected entry and exit, like `trio.open_nursery`: wi
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import random
@@ -30,13 +29,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import trio
 from trio_util import AsyncBool
 
 from ._backoff import reconnect_delay
-from ._client import Client
+from ._client import IN_TRIO, Client, async_side, on_loop, wrong_side
 from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
 from ._fetcher import Fetcher
@@ -44,6 +43,7 @@ from ._flusher import Flusher
 from ._handling import Slots
 from ._heartbeat import hold_lease, watch_lease
 from ._lease import Lease
+from ._logs import Log
 from ._model import (
     SETTLED,
     CancelRequest,
@@ -57,15 +57,14 @@ from ._options import GroupOptions
 from ._queue import Worker
 from ._registration import LiveRegistration
 from ._settler import Settler
-from ._stacks import stack_of_task
 from ._store import Store
+from ._stubborn import watch_handlers
 from ._version import VERSION
 
 __all__ = ["GroupContext", "WorkerGroup"]
 
-log = logging.getLogger("triojobs.group")
+log = Log("triojobs.group")
 
-STUBBORN_INTERVAL: Final = 10.0  # seconds between log records with the stacks of handlers that do not end
 IDLE_FIRST, IDLE_LAST = 0.05, 1.0  # seconds between looks of wait_idle
 
 
@@ -106,6 +105,8 @@ class WorkerGroup:
 
     def stop(self) -> None:
         """Begin a graceful stop: claim nothing more, let handlers end. Does not cancel the body. Idempotent."""
+        if not on_loop():
+            raise wrong_side("stop", "from a thread or a signal handler use stop_from_thread")
         self._stopping_since = min(self._stopping_since, trio.current_time())
         self._stop.value = True
 
@@ -125,10 +126,12 @@ class WorkerGroup:
             )
             self.stop()
 
+    @async_side(IN_TRIO)
     async def wait_stopped(self) -> None:
         """Wait until the group has stopped and closed, and `report` is complete."""
         await self._stopped.wait()
 
+    @async_side(IN_TRIO)
     async def wait_idle(self) -> None:
         """Wait until nothing due or running is left in this group's queues, anywhere.
 
@@ -196,7 +199,12 @@ class WorkerGroup:
             margin=self._options.lease_margin,
             interval=self._options.beat_interval,
         )
-        live = LiveRegistration(record, lease, loop_dead_after=self._options.loop_death)
+        live = LiveRegistration(
+            record,
+            lease,
+            loop_dead_after=self._options.loop_death,
+            hard_stop=self._options.hard_stop,
+        )
         # Appended before the call: if its reply is lost, the closing closes this one too.
         self._registrations.append(live)
         try:
@@ -230,6 +238,7 @@ class WorkerGroup:
         start(Settler(live, self._store).run, name="triojobs settler")
         start(self._run_services, live, list(slots), fetcher, name="triojobs services")
         start(self._run_slots, live, slots, name="triojobs slots")
+        start(watch_handlers, live, slots, self._options, name="triojobs handlers' watch")
         start(fetcher.run, name="triojobs fetcher")
 
     @trio.lowlevel.enable_ki_protection
@@ -247,6 +256,7 @@ class WorkerGroup:
         finally:
             live.note_interruption()
             live.slots_alive.value = 0
+            live.watch_scope.cancel()
 
     @trio.lowlevel.enable_ki_protection
     async def _run_services(self, live: LiveRegistration, queues: Sequence[str], fetcher: Fetcher) -> None:
@@ -354,11 +364,7 @@ class WorkerGroup:
             live.interrupt_handlers("the worker group closes")
         for live in self._registrations:
             await live.fetching.wait_value(False)
-            while live.slots_alive.value:
-                with trio.move_on_after(STUBBORN_INTERVAL):
-                    await live.slots_alive.wait_value(0)
-                if live.slots_alive.value:
-                    self._log_stubborn(live)
+            await live.slots_alive.wait_value(0)
 
     async def _close(self, live: LiveRegistration, deadline: float) -> None:
         failures = 0
@@ -418,16 +424,6 @@ class WorkerGroup:
         live.service_scope.cancel()
         self._store.release_lease(live.group_id)
         await live.beating.wait_value(False)
-
-    def _log_stubborn(self, live: LiveRegistration) -> None:
-        for slots in self._slots[live].values():
-            for running in slots.running.values():
-                log.warning(
-                    "the handler of job %d does not end although it was cancelled; its lease is kept:\n%s",
-                    running.claim.job_id,
-                    stack_of_task(running.task),
-                    extra={"event": "handler_does_not_end", "job_id": running.claim.job_id},
-                )
 
     def _finish_report(self) -> None:
         settled: Counter[Outcome] = Counter()
@@ -533,10 +529,20 @@ def with_workers(options: GroupOptions, workers: Sequence[Worker[Any, Any]]) -> 
 
 
 async def _close_quietly(store: Store, live: LiveRegistration) -> None:
-    try:
-        await store.close_group(live.group_id, lambda rows: None, deadline=store.now() + 1.0)
-    except TriojobsError as exc:
-        log.warning("%s", exc, extra={"event": "close_failed"})
+    """Close a registration under which nothing ever ran; what fails for a second is left to its lease."""
+    deadline = store.now() + 1.0
+    failures = 0
+    while True:
+        try:
+            await store.close_group(live.group_id, lambda rows: None, deadline=deadline)
+            return
+        except TriojobsError as exc:
+            log.warning("%s", exc, extra={"event": "close_failed"})
+            failures += 1
+            pause = reconnect_delay(failures, random.random)
+            if isinstance(exc, SchemaError) or store.now() + pause >= deadline:
+                return
+            await trio.sleep(pause)
 
 
 async def _note_interruption(live: LiveRegistration) -> None:

@@ -12,7 +12,6 @@ that returned is settled as done even when a cancel came in between.
 from __future__ import annotations
 
 import contextvars
-import logging
 import math
 import random
 import time
@@ -26,6 +25,7 @@ import trio
 from ._errors import CodecError, StaleClaimError
 from ._job import Job
 from ._lifecycle import outcome_of_failure
+from ._logs import Log
 from ._model import CancelRequest, Claim, Outcome, Settlement
 from ._queue import Worker
 from ._registration import LiveRegistration
@@ -35,7 +35,7 @@ from ._verdict import Circumstances, Verdict, capped, describe, judge
 __all__ = ["Slots"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.worker")
+log = Log("triojobs.worker")
 
 YIELD_AFTER: Final = 0.001  # seconds of handlers without a checkpoint before a slot makes one
 RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handler still runs here
@@ -43,10 +43,10 @@ RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handle
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One handler at work. Slot → cancel requests, shutdown log.
+    """One handler at work. Slot → cancel requests, the watch over handlers that do not end.
 
     `limit` is the bound that was set on the scope (Trio's clock); `limited_by_deadline` says which of
-    the two it is.
+    the two it is. `cancelled_at` is when a request cancelled it. `reports` and `given_up` are the watch's.
     """
 
     claim: Claim
@@ -56,6 +56,9 @@ class Running:
     limited_by_deadline: bool = False
     timeout: float = math.inf
     cancel_reason: str | None = None
+    cancelled_at: float = math.inf
+    reports: int = 0
+    given_up: bool = False
     started_at: float = field(default_factory=trio.current_time)
 
 
@@ -113,7 +116,9 @@ class Slots:
             return False
         if running.cancel_reason is None:
             running.cancel_reason = request.reason
+            running.cancelled_at = trio.current_time()
             running.scope.cancel(reason=request.reason)
+            self._live.handler_cancelled.set()
         return True
 
     # Slots.
@@ -126,13 +131,12 @@ class Slots:
             with trio.CancelScope() as scope:
                 while True:
                     await self._ready_for_next(task)
+                    await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
                     await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
                     if scope.cancel_called:
                         break
-                    if self._live.interrupted_at != math.inf:
-                        await trio.lowlevel.checkpoint_if_cancelled()
 
     @trio.lowlevel.enable_ki_protection
     async def dispatch(self, nursery: trio.Nursery) -> None:
@@ -145,8 +149,17 @@ class Slots:
 
     @trio.lowlevel.enable_ki_protection
     async def _alone(self, claim: Claim, claimed_at: float) -> None:
+        await self._start_nothing_when_interrupted()
         with trio.CancelScope() as scope:
             await self._run(claim, claimed_at, scope, trio.lowlevel.current_task())
+
+    async def _start_nothing_when_interrupted(self) -> None:
+        """Raise Cancelled when handlers are being cancelled: without a checkpoint one would run to its end.
+
+        What was not started stays in the ledger, and the closing gives it back.
+        """
+        if self._live.interrupted_at != math.inf:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _ready_for_next(self, task: trio.lowlevel.Task) -> None:
         """Return when the inbox has a job, in clean context variables."""
@@ -282,7 +295,7 @@ class Slots:
                 "job %d of %r raised while it was being cancelled, or after its commit: %s",
                 claim.job_id,
                 claim.queue,
-                verdict.error or describe(verdict.log_error or RuntimeError()),
+                verdict.error if verdict.log_error is None else describe(verdict.log_error),
                 extra={"event": "error_aside", "job_id": claim.job_id, "queue": claim.queue},
             )
 
@@ -292,6 +305,7 @@ class Slots:
         running = self.running.get(claim.job_id)
         return running.cancel_reason if running is not None and running.claim is claim else None
 
+    @trio.lowlevel.enable_ki_protection  # it runs inside the handler, where Ctrl-C may strike
     async def commit_work(self, claim: Claim, work: Callable[[Any], T], *, completing: bool) -> T:
         operation = "committing" if completing else "transacting"
         if not self._ledger.owns(claim):

@@ -123,7 +123,9 @@ class Job(Generic[PayloadT]):
         One transaction, fenced by this claim: if the job has moved on, nothing is written. What
         `work` returns is the job's result; what the handler does afterwards changes nothing.
         `work` is called at most once, must not commit or roll back (savepoints with
-        `conn.transaction()` are fine), and may enqueue with `enqueue_on(conn, …)`.
+        `conn.transaction()` are fine), may enqueue with `enqueue_on(conn, …)`, and is bounded by the
+        job's timeout and deadline alone. Our part comes last in the same transaction, with the rights
+        of the role that is set then.
 
         Returns:
             What `work` returned.
@@ -131,6 +133,7 @@ class Job(Generic[PayloadT]):
         Raises:
             StaleClaimError: the job moved on; everything was rolled back.
             DatabaseError: see its `committed`. EncodeError: the value is no result of this queue.
+            OptionError: `work` is no synchronous function.
             Anything that `work` raises; everything was rolled back.
 
         Cancellation: while it waits for a connection, nothing has happened; while `work` runs, its
@@ -141,7 +144,9 @@ class Job(Generic[PayloadT]):
     def transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> Awaitable[T]:
         """Run `work(conn)` in a thread and commit its writes, if this claim still owns the job.
 
-        Like `commit`, but the job goes on: the writes survive a later failure of the handler.
+        Like `commit`, but the job goes on: the writes survive a later failure of the handler, and of the
+        job's other attempts each writes again. When the reply to the COMMIT is lost, nobody can tell:
+        the DatabaseError has `committed` None.
         """
         return self._commit_work("transact", work, completing=False)
 
@@ -152,9 +157,29 @@ class Job(Generic[PayloadT]):
                 operation="calling triojobs",
                 hint="call it from the handler's task; in a thread use a connection of your own",
             )
-        if not callable(work) or inspect.iscoroutinefunction(work):
-            raise OptionError("work", work, "a synchronous function of one psycopg connection")
-        return self._port.commit_work(self._claim, work, completing=completing)
+        return self._port.commit_work(self._claim, _synchronous(work), completing=completing)
+
+
+def _synchronous(work: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Return `work`, checked before the call and by what it returns.
+
+    Calling what is asynchronous, or a generator, would not run its body: it would commit nothing, and say
+    nothing.
+    """
+    limit = "a synchronous function of one psycopg connection"
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+    if not callable(work) or any(is_kind(f) for is_kind in kinds for f in (work, type(work).__call__)):
+        raise OptionError("work", work, limit)
+
+    def call(conn: Any) -> T:
+        value = work(conn)
+        if inspect.isawaitable(value):
+            if inspect.iscoroutine(value):
+                value.close()  # nobody will ever start it
+            raise OptionError("work", work, limit)
+        return value
+
+    return call
 
 
 def _utc(seconds: float) -> dt.datetime:

@@ -43,10 +43,11 @@ class Ledger:
         """Take ownership of rows whose claim has just been committed."""
         with self._lock:
             for claim in claims:
-                # A job can return while an older claim of it waits here for its settlement: that
-                # settlement is stale, the new claim replaces it.
-                if self._ended.pop(claim.job_id, None) is not None:
-                    self.stale += 1
+                # A job can return while an older claim of it waits here for its settlement: the reply to
+                # that one was lost or is late, but it was written, or nobody could have claimed the job.
+                written = self._ended.pop(claim.job_id, None)
+                if written is not None:
+                    self._count(written.outcome)
                 self._claims[claim.job_id] = claim
             self._booked.extend(claims)
             self.claimed += len(claims)
@@ -151,10 +152,8 @@ class Ledger:
                 if outcome is None:
                     stale.append(settlement)
                     self.stale += 1
-                elif outcome is Outcome.RELEASED:
-                    self.released += 1
                 else:
-                    self.settled[outcome] += 1
+                    self._count(outcome)
                 del self._claims[settlement.job_id]
                 self._ended.pop(settlement.job_id, None)
         return stale
@@ -173,13 +172,16 @@ class Ledger:
             for row in written:
                 self._claims.pop(row.job_id, None)
                 self._ended.pop(row.job_id, None)
-                if row.outcome is Outcome.RELEASED:
-                    self.released += 1
-                else:
-                    self.settled[row.outcome] += 1
+                self._count(row.outcome)
             stale = sorted(self._claims)
             self.stale += len(stale)
             self._claims.clear()
             self._ended.clear()
             self._booked.clear()
         return stale
+
+    def _count(self, outcome: Outcome) -> None:
+        if outcome is Outcome.RELEASED:
+            self.released += 1
+        else:
+            self.settled[outcome] += 1

@@ -8,7 +8,6 @@ connections are silent, so a probe goes through the server now and then, and pol
 
 from __future__ import annotations
 
-import logging
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Collection
@@ -20,12 +19,13 @@ from psycopg import sql
 
 from ._backoff import reconnect_delay
 from ._errors import DatabaseError
+from ._logs import Log
 from ._sql.notify import group_channel
 from ._store import ListenEvents
 
 __all__ = ["PROBE_INTERVAL", "listen"]
 
-log = logging.getLogger("triojobs.listener")
+log = Log("triojobs.listener")
 
 PROBE_INTERVAL: Final = 15.0  # seconds: how long a dead link may go unnoticed
 Connection = psycopg.Connection[Any]
@@ -37,26 +37,30 @@ async def listen(
     group_id: uuid.UUID,
     queues: Collection[str],
     events: ListenEvents,
-    connect: Callable[[], Awaitable[Connection]],
+    connect: Callable[[Callable[[Connection], None]], Awaitable[Connection]],
     probe: Callable[[Connection], Awaitable[None]],
 ) -> None:
     """Report wake-ups until cancelled; reconnect with backoff by itself.
 
-    `connect` and `probe` cross to a thread, bounded in time, and raise DatabaseError.
+    `connect` and `probe` cross to a thread, bounded in time, and raise DatabaseError. `connect` calls
+    the function that it gets there, with the connection that it then returns.
     """
+
+    def begin(conn: Connection) -> None:
+        for channel in (schema, mine):
+            conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+
     failures = 0
     wanted = frozenset(queues)
     mine = group_channel(group_id)
     while True:
         try:
-            conn = await connect()
+            conn = await connect(begin)
         except DatabaseError as exc:
             failures += 1
             log.warning("cannot listen: %s", exc, extra={"event": "listen_failed"})
         else:
             try:
-                for channel in (schema, mine):
-                    conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
                 failures = 0
                 events.listening(True)
                 await _receive(conn, schema, mine, wanted, events, probe)

@@ -12,7 +12,6 @@ and `MemoryDatabase.utc_now` make them).
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import math
 import random as random_module
 import uuid
@@ -27,6 +26,7 @@ from ._backoff import reconnect_delay
 from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
+from ._logs import Log
 from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
 from ._model import (
     Claim,
@@ -45,7 +45,7 @@ from ._wake import Wake
 __all__ = ["Crossing", "Fault", "MemoryDatabase", "MemoryStore", "MemoryTransaction"]
 
 T = TypeVar("T")
-log = logging.getLogger("triojobs.memory")
+log = Log("triojobs.memory")
 
 CLIENT_CALLS: Final = 2  # at once, as PostgresStore has connections for clients
 
@@ -128,8 +128,8 @@ class MemoryDatabase:
     """
 
     def __init__(self, *, epoch: dt.datetime = EPOCH) -> None:
-        self.clock = trio.current_time
-        self.tables = Tables(epoch)
+        self.clock: Callable[[], float] = trio.current_time
+        self.tables: Tables = Tables(epoch)
         self.writes: list[Any] = []
         self.subscribers: list[Subscriber] = []
 
@@ -265,7 +265,7 @@ class MemoryStore:
         job_connections: int = 4,
         random: Callable[[], float] = random_module.random,
     ) -> None:
-        self.database = MemoryDatabase() if database is None else database
+        self.database: MemoryDatabase = MemoryDatabase() if database is None else database
         self._tables = self.database.tables
         self._crossing = crossing
         self._fault = fault
@@ -382,7 +382,7 @@ class MemoryStore:
             found = await self._call("beat", line, lambda: self._tables.beat(group_id, self.now()))
         except DatabaseError as exc:
             lease.fail()
-            log.warning("%s", exc, extra={"event": "beat_failed"})
+            log.warning("%s", exc, extra={"event": "beat_failed", "sqlstate": exc.sqlstate})
             return True
         if found is None:
             if not control.stopped:  # once closing has begun, a closed row is no news
@@ -611,8 +611,8 @@ class MemoryStore:
 
     async def enqueue_each(
         self, rows: Sequence[NewRow], *, deadline: float | None = None
-    ) -> list[Enqueued | BaseException]:
-        def alone(row: NewRow) -> Enqueued | BaseException:
+    ) -> list[Enqueued | TriojobsError]:
+        def alone(row: NewRow) -> Enqueued | TriojobsError:
             try:
                 return self._tables.enqueue([row], self.now())[0]
             except TriojobsError as exc:

@@ -151,7 +151,7 @@ class Tables:
         self.paused: set[str] = set()
         self.drains: dict[uuid.UUID, str] = {}
         self.witnesses: set[uuid.UUID] = set()
-        self.last_id = 0
+        self.last_id: int = 0
         self._outcome_no = 0
         self._fences: set[tuple[int, uuid.UUID, int]] = set()
 
@@ -382,10 +382,12 @@ class Tables:
             lease = self.fenced(group_id, asked.job_id, asked.claim_no)
             if lease is None or group_id not in self.groups:
                 before = self._outcome_row(group_id, asked.job_id, asked.claim_no)
-                # The repetition of a settlement whose reply was lost finds what that one wrote. A failure
-                # may be a rescuer's: only the text tells.
+                # The repetition of a settlement whose reply was lost finds what that one wrote; so does
+                # any settlement after a `Job.commit` whose reply was lost: done is never written by
+                # anybody else. A failure may be a rescuer's: only the text tells.
                 if before is not None and (
-                    (before.status, before.error) == (asked.outcome, asked.error)
+                    before.status == Outcome.DONE
+                    or (before.status, before.error) == (asked.outcome, asked.error)
                     or (before.status == Outcome.CANCELLED and asked.outcome is not Outcome.DONE)
                 ):
                     written.append(Settled(asked.job_id, asked.claim_no, Outcome(before.status)))

@@ -261,6 +261,25 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True)
+class HardStop:
+    """What `hard_stop` is told: what does not end.
+
+    Attributes:
+        reason: "handler": handlers were cancelled `seconds` ago and have not ended; their leases are
+            kept, the group waits for them. "loop": the event loop has been blocked for `seconds`; the
+            group has stopped beating, and its jobs will be run elsewhere.
+        group_id: the registration. job_ids: those handlers' jobs; with "loop" all that are in hand.
+        stack: where they are, or where the event loop is.
+    """
+
+    reason: Literal["handler", "loop"]
+    group_id: uuid.UUID
+    job_ids: tuple[int, ...]
+    seconds: float
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownReport:
     """What a worker group did, in numbers that equal the rows.
 

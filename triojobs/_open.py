@@ -1,27 +1,24 @@
-"""The ways in: open a worker group, a client, or serve until a signal."""
+"""The ways in: open a worker group, or a client."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal
 
 import trio
 
 from ._client import Client
-from ._errors import OptionError, checked_seconds, sole_error
+from ._errors import checked_seconds
 from ._flusher import Flusher
-from ._group import GroupContext, WorkerGroup, checked_workers, default_name, with_workers
-from ._model import ShutdownReport
-from ._options import DEFAULT_SCHEMA, GroupOptions, checked_schema
+from ._group import GroupContext, checked_workers, default_name, with_workers
+from ._model import HardStop
+from ._options import DEFAULT_SCHEMA, GroupOptions, checked_conninfo, checked_schema
 from ._postgres import PostgresStore
 from ._queue import Worker
 from ._store import Store
 
-__all__ = ["open_client", "open_worker_group", "serve"]
+__all__ = ["open_client", "open_worker_group"]
 
 CLIENT_CLOSE_TIMEOUT: Final = 5.0  # seconds in which a closing client answers everybody
 
@@ -39,6 +36,8 @@ def open_worker_group(
     lease_margin: float = 5.0,
     beat_interval: float = 6.0,
     loop_dead_after: float | None = None,
+    hard_stop: Callable[[HardStop], object] | None = None,
+    hard_stop_after: float | None = None,
     poll_interval: float = 1.0,
     listening_poll_interval: float = 5.0,
     rescan_interval: float = 1.0,
@@ -79,18 +78,20 @@ def open_worker_group(
         lease_margin=lease_margin,
         beat_interval=beat_interval,
         loop_dead_after=loop_dead_after,
+        hard_stop=hard_stop,
+        hard_stop_after=hard_stop_after,
         poll_interval=poll_interval,
         listening_poll_interval=listening_poll_interval,
         rescan_interval=rescan_interval,
         claim_linger=claim_linger,
-        listen_conninfo=_checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
+        listen_conninfo=checked_conninfo("listen_conninfo", listen_conninfo) if listen_conninfo else None,
         notify=notify,
         pooled=pooled,
         job_connections=job_connections,
         concurrency=concurrency,
         isolation=isolation,
     )
-    _checked_conninfo("conninfo", conninfo)
+    checked_conninfo("conninfo", conninfo)
     options = with_workers(options, checked_workers(workers))
 
     def make_store() -> Store:
@@ -179,71 +180,6 @@ def open_client(
     checked_schema(schema)
     checked_seconds("call_timeout", call_timeout, positive=True)
     store = PostgresStore(
-        _checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
+        checked_conninfo("conninfo", conninfo), schema=schema, call_timeout=call_timeout, pooled=pooled
     )
     return ClientContext(store, CLIENT_CLOSE_TIMEOUT)
-
-
-async def serve(
-    conninfo: str,
-    workers: Sequence[Worker[Any, Any]],
-    *,
-    task_status: trio.TaskStatus[WorkerGroup] = trio.TASK_STATUS_IGNORED,
-    **options: Any,
-) -> ShutdownReport:
-    """Run a worker group until SIGTERM or SIGINT; return its report.
-
-    The first signal stops gracefully, the second cancels the handlers, the third ends the process at
-    once as that signal does by default. Usable with `nursery.start`, which returns the open group.
-
-    Args:
-        options: those of `open_worker_group`.
-
-    Raises: as `open_worker_group`; RuntimeError outside of the main thread, where no signal arrives.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "triojobs.serve handles signals and must run in the main thread; elsewhere use open_worker_group"
-        )
-    abort = trio.CancelScope()
-    # Shielded: a second signal must be heard while the first cancel is being obeyed.
-    listening = trio.CancelScope(shield=True)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        try:
-            async with trio.open_nursery() as nursery:
-                try:
-                    with abort:
-                        async with open_worker_group(conninfo, workers, **options) as group:
-                            nursery.start_soon(_obey_signals, signals, group, abort, listening)
-                            task_status.started(group)
-                            await group.wait_stopped()
-                finally:
-                    listening.cancel()
-        except BaseExceptionGroup as errors:
-            alone = sole_error(errors)  # the nursery is ours
-            if alone is None:
-                raise
-            raise alone from alone.__cause__
-    return group.report
-
-
-async def _obey_signals(
-    signals: AsyncIterator[int], group: WorkerGroup, abort: trio.CancelScope, listening: trio.CancelScope
-) -> None:
-    received = 0
-    with listening:
-        async for number in signals:
-            received += 1
-            if received == 1:
-                group.stop()
-            elif received == 2:
-                abort.cancel(reason="a second signal arrived")
-            else:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-
-def _checked_conninfo(field: str, value: object) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
-    return value

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import datetime as dt
+import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ._errors import OptionError, checked_seconds
+from ._model import HardStop
 
 __all__ = [
     "DEFAULT_SCHEMA",
     "GroupOptions",
+    "checked_conninfo",
     "checked_count",
     "checked_metadata",
     "checked_name",
@@ -29,6 +32,7 @@ KEY_LIMIT: Final = 1024  # bytes; a btree entry must stay below a third of a pag
 METADATA_LIMIT: Final = 8 * 1024  # bytes of compact JSON; it travels with every claim
 PAYLOAD_LIMIT: Final = 1024 * 1024  # bytes; larger things belong in a store of their own, by reference
 ERROR_LIMIT: Final = 8 * 1024  # bytes of UTF-8; the head of a traceback's text is what people read
+HARD_STOP_AFTER: Final = 60.0  # seconds
 INT_LIMIT: Final = 2**31 - 1
 # Times that survive every session's time zone on their way back from PostgreSQL.
 YEARS: Final = range(1900, 9000)
@@ -59,6 +63,13 @@ def checked_count(field: str, value: object, *, least: int = 1, most: int = INT_
     """Return `value` if it is an int (not a bool) from `least` to `most`, else raise OptionError."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise OptionError(field, value, f"an int from {least} to {most}")
+    return value
+
+
+def checked_conninfo(field: str, value: object) -> str:
+    """Return a conninfo, or raise OptionError that does not show it: it may contain a password."""
+    if not isinstance(value, str) or "\0" in value:
+        raise OptionError(field, "…", "a libpq connection string or URI (str without NUL)")
     return value
 
 
@@ -115,6 +126,12 @@ class GroupOptions:
             which do not need it, stop and others get the jobs (>= lease_duration; inf: never). None: 10
             times lease_duration: a block of minutes is a mistake that people want to survive, one that
             never ends must not keep jobs for ever.
+        hard_stop: called when a handler has not ended `hard_stop_after` seconds after it was cancelled
+            (whatever cancelled it), and when the event loop is dead (see loop_dead_after); None: it is
+            waited for. It gets a `HardStop`, may be called in another thread than the event loop's,
+            and need not return: `lambda why: os._exit(70)` leaves the jobs to rescue. What it
+            raises is logged.
+        hard_stop_after: see hard_stop (> 0). None: 60, which is longer than any clean-up should take.
         poll_interval: longest time that a due job waits when no notification can arrive (> 0).
         listening_poll_interval: the same while LISTEN is healthy: the price of a lost notification.
         rescan_interval: how long a job that became visible out of order may be overlooked (> 0).
@@ -137,6 +154,8 @@ class GroupOptions:
     lease_margin: float = 5.0
     beat_interval: float = 6.0
     loop_dead_after: float | None = None
+    hard_stop: Callable[[HardStop], object] | None = None
+    hard_stop_after: float | None = None
     poll_interval: float = 1.0
     listening_poll_interval: float = 5.0
     rescan_interval: float = 1.0
@@ -180,6 +199,7 @@ class GroupOptions:
             )
         if self.loop_dead_after is not None and self.loop_dead_after != math.inf:
             checked_seconds("loop_dead_after", self.loop_dead_after, least=self.lease_duration)
+        self._check_hard_stop()
         if self.job_connections is not None:
             checked_count("job_connections", self.job_connections, most=1000)
         if self.concurrency is not None:
@@ -194,6 +214,23 @@ class GroupOptions:
     def exit_bound(self) -> float:
         """Longest time that leaving the group takes, given handlers that obey cancellation."""
         return self.grace_period + self.close_timeout + self.call_timeout + 1.0
+
+    def _check_hard_stop(self) -> None:
+        if self.hard_stop is not None and (
+            not callable(self.hard_stop) or inspect.iscoroutinefunction(self.hard_stop)
+        ):
+            raise OptionError("hard_stop", self.hard_stop, "a synchronous function of one HardStop, or None")
+        if self.hard_stop_after is not None:
+            checked_seconds("hard_stop_after", self.hard_stop_after, positive=True)
+            if self.hard_stop is None:
+                raise OptionError("hard_stop_after", self.hard_stop_after, "None, as there is no hard_stop")
+
+    @property
+    def hard_stop_patience(self) -> float:
+        """Seconds from a handler's cancellation to `hard_stop`; inf without one."""
+        if self.hard_stop is None:
+            return math.inf
+        return HARD_STOP_AFTER if self.hard_stop_after is None else self.hard_stop_after
 
     @property
     def loop_death(self) -> float:

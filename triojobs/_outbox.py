@@ -14,8 +14,8 @@ from ._client import naming_items, rows_of
 from ._errors import OptionError
 from ._model import Enqueued, KeyUntil, NewRow, OnConflict
 from ._options import DEFAULT_SCHEMA, checked_schema
-from ._postgres import enqueue_on_connection, is_connection
 from ._queue import NewJob, Queue, new_row
+from ._sync_store import enqueue_on_connection, is_connection
 
 if TYPE_CHECKING:
     import psycopg
@@ -144,4 +144,5 @@ def _enqueue(conn: psycopg.Connection[Any] | Transaction, rows: list[NewRow], sc
         return enqueue_on_connection(conn, schema, rows) if rows else []  # type: ignore[arg-type]
     if hasattr(conn, "enqueue_rows"):
         return conn.enqueue_rows(rows)
-    raise OptionError("conn", conn, "a synchronous psycopg.Connection")
+    # Its type and not its value: it may be a conninfo with a password in it.
+    raise OptionError("conn", type(conn), "a synchronous psycopg.Connection")

@@ -7,7 +7,6 @@ are cancelled, what is left is closed, a new registration follows under a new id
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import uuid
@@ -19,13 +18,14 @@ from trio_util import AsyncBool, AsyncValue
 from ._beacon import Beacon
 from ._lease import Lease
 from ._ledger import Ledger
-from ._model import CancelRequest, Claim, Registration
+from ._logs import Log
+from ._model import CancelRequest, Claim, HardStop, Registration
 from ._stacks import stack_of_thread
 from ._wake import Wake
 
 __all__ = ["LiveRegistration"]
 
-log = logging.getLogger("triojobs.heartbeat")
+log = Log("triojobs.heartbeat")
 
 
 class LiveRegistration:
@@ -41,7 +41,14 @@ class LiveRegistration:
         is not the job's fault.
     """
 
-    def __init__(self, record: Registration, lease: Lease, *, loop_dead_after: float = math.inf) -> None:
+    def __init__(
+        self,
+        record: Registration,
+        lease: Lease,
+        *,
+        loop_dead_after: float = math.inf,
+        hard_stop: Callable[[HardStop], object] | None = None,
+    ) -> None:
         self.record = record
         self.lease = lease
         self.lit = Wake()
@@ -61,6 +68,8 @@ class LiveRegistration:
         self.handler_scope = trio.CancelScope()
         self.settle_scope = trio.CancelScope(shield=True)
         self.service_scope = trio.CancelScope()
+        self.watch_scope = trio.CancelScope(shield=True)
+        self.handler_cancelled = Wake()
         self.interrupted_at = math.inf
         self.closed = False
         self.rescued_jobs = 0
@@ -68,6 +77,7 @@ class LiveRegistration:
         self.on_drain_request: Callable[[str], None] = _not_begun
         self.unanswered: set[tuple[int, int]] = set()
         self._claim_no = 0
+        self._hard_stop = hard_stop
         self._token = trio.lowlevel.current_trio_token()
         self._loop_thread = threading.get_ident()
 
@@ -90,11 +100,28 @@ class LiveRegistration:
     def note_interruption(self) -> None:
         """Remember since when handlers are being cancelled."""
         self.interrupted_at = min(self.interrupted_at, trio.current_time())
+        self.handler_cancelled.set()
 
     def interrupt_handlers(self, reason: str) -> None:
         """Cancel the scope around all handlers."""
         self.note_interruption()
         self.handler_scope.cancel(reason=reason)
+
+    def stop_hard(self, why: HardStop) -> None:
+        """Call the user's `hard_stop`, if there is one; on the event loop or in the beat thread."""
+        if self._hard_stop is None:
+            return
+        log.critical(
+            "hard_stop is called: %s after %g s",
+            "a handler does not end" if why.reason == "handler" else "the event loop does not turn",
+            why.seconds,
+            extra={"event": "hard_stop", "reason": why.reason, "job_ids": list(why.job_ids)},
+        )
+        try:
+            self._hard_stop(why)
+        except (Exception, SystemExit):
+            # sys.exit ends no thread that waits for a handler; here it would only end the group's tasks.
+            log.exception("hard_stop raised; the group goes on", extra={"event": "hard_stop_failed"})
 
     def lose(self, reason: str) -> None:
         """The lease cannot be proven any more: claim nothing, cancel handlers, register anew."""
@@ -153,6 +180,10 @@ class LiveRegistration:
             extra={"event": "loop_dead", "seconds": seconds, "place": place, "group_id": str(self.group_id)},
         )
         self._token.run_sync_soon(self.lose, "the event loop was blocked for too long")
+        jobs = tuple(job_id for job_id, _ in self.ledger.known())
+        self.stop_hard(
+            HardStop(reason="loop", group_id=self.group_id, job_ids=jobs, seconds=seconds, stack=stack)
+        )
 
     def _wake_loop(self) -> None:
         self._token.run_sync_soon(self.lit.set)

@@ -7,7 +7,6 @@ be repeated after any error; a repeated one matches nothing that the first has w
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from typing import Final
@@ -16,13 +15,14 @@ import trio
 
 from ._backoff import reconnect_delay
 from ._errors import DatabaseError, SchemaError
+from ._logs import Log
 from ._model import Outcome, Settled, Settlement
 from ._registration import LiveRegistration
 from ._store import Store
 
 __all__ = ["Settler"]
 
-log = logging.getLogger("triojobs.settler")
+log = Log("triojobs.settler")
 
 BATCH: Final = 500  # settlements per statement: the knee of the rate
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ._beacon import Beacon
+from ._errors import TriojobsError
 from ._lease import Lease
 from ._model import (
     CancelRequest,
@@ -218,7 +219,7 @@ class Store(Protocol):
 
     async def enqueue_each(
         self, rows: Sequence[NewRow], *, deadline: float | None = None
-    ) -> list[Enqueued | BaseException]:
+    ) -> list[Enqueued | TriojobsError]:
         """Insert jobs that have nothing to do with each other under shared commits, one answer each."""
 
     async def new_job_ids(self, count: int) -> list[int]:

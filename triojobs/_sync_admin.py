@@ -30,8 +30,8 @@ from ._bridge import on_loop
 from ._client import wrong_side
 from ._errors import OptionError
 from ._options import DEFAULT_SCHEMA, checked_schema
-from ._postgres import is_connection
 from ._queue import Queue
+from ._sync_store import is_connection
 
 if TYPE_CHECKING:
     import psycopg

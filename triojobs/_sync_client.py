@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -25,16 +24,17 @@ from ._client import (
     wrong_side,
 )
 from ._errors import DatabaseError, checked_seconds
+from ._logs import Log
 from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
-from ._options import DEFAULT_SCHEMA, checked_schema, checked_text
-from ._postgres import SyncStore
+from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema, checked_text
 from ._queue import NewJob, Queue, new_row
+from ._sync_store import SyncStore
 
 __all__ = ["SyncClient"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
-log = logging.getLogger("triojobs.client")
+log = Log("triojobs.client")
 
 
 class SyncClient:
@@ -62,6 +62,7 @@ class SyncClient:
     ) -> None:
         self._schema = checked_schema(schema)
         checked_seconds("call_timeout", call_timeout, positive=True)
+        checked_conninfo("conninfo", conninfo)
         self._store = SyncStore(conninfo, schema=schema, call_timeout=call_timeout, pooled=pooled)
         self._closed = False
 
@@ -166,9 +167,19 @@ class SyncClient:
     ) -> list[int]:
         """Enqueue jobs in one transaction; ids in the order given. See `Client.enqueue_many`."""
         self._check("SyncClient.enqueue_many", "await client.enqueue_many(…)")
-        rows = rows_of(queue, payloads)
+        return [entry.id for entry in self._enqueue_rows(queue, payloads)]
+
+    def try_enqueue_many(
+        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
+    ) -> list[Enqueued]:
+        """Like `enqueue_many`, but tell for each item whether it was created or replaced."""
+        self._check("SyncClient.try_enqueue_many", "await client.try_enqueue_many(…)")
+        return self._enqueue_rows(queue, payloads)
+
+    def _enqueue_rows(self, queue: Queue[Any, Any], items: Iterable[Any]) -> list[Enqueued]:
+        rows = rows_of(queue, items)
         with naming_items():
-            return [entry.id for entry in self._store.enqueue(rows)] if rows else []
+            return self._store.enqueue(rows) if rows else []
 
     def new_job_id(self) -> int:
         """Reserve an id for `enqueue(…, job_id=…)`."""

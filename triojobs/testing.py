@@ -224,7 +224,7 @@ class Once(Generic[PayloadT, ResultT]):
         attempt: int,
         last_error: str,
     ) -> None:
-        self.ended = trio.Event()
+        self.ended: trio.Event = trio.Event()
         self.worker: Worker[PayloadT, ResultT] = Worker(
             worker.queue, self._handle, concurrency=1, timeout=worker.timeout, retry=worker.retry
         )

@@ -89,6 +89,71 @@ async def test_a_claimed_row_is_nobody_elses(store: Store, group: Group, rival: 
     assert [number_of(c) for c in await rival.claim()] == [2]
 
 
+async def test_what_waits_and_is_due_is_claimed_and_nothing_else(
+    store: Store, group: Group, world: World
+) -> None:
+    """One job in each state; `attempts` are those made before this claim."""
+    now = world.now()
+    states = {
+        "due": row(1),
+        "due since long": row(2, run_at=now - dt.timedelta(days=1)),
+        "due just now": row(3, run_at=now),
+        "in a sibling queue": row(4, queue="sibling"),
+        "later": row(5, delay=3600.0),
+        "failed once of three": row(6, max_attempts=3),
+        "failed twice of three": row(7, max_attempts=3),
+        "failed once, retried later": row(8),
+        "released": row(9),
+        "snoozed": row(10),
+        "running": row(11),
+        "done": row(12),
+        "killed, attempts used up": row(13, max_attempts=1),
+        "cancelled": row(14),
+    }
+    ids = dict(zip(states, await enqueue(store, *states.values()), strict=True))
+    ends = {
+        "failed once of three": [(Outcome.FAILED, 0.0)],
+        "failed twice of three": [(Outcome.FAILED, 0.0), (Outcome.FAILED, 0.0)],
+        "failed once, retried later": [(Outcome.FAILED, 3600.0)],
+        "released": [(Outcome.RELEASED, 0.0)],
+        "snoozed": [(Outcome.SNOOZED, 0.0)],
+        "done": [(Outcome.DONE, 0.0)],
+        "killed, attempts used up": [(Outcome.KILLED, 0.0)],
+    }
+    for _ in range(2):
+        for claim in await group.claim(promote=True):
+            name = next(name for name, job_id in ids.items() if job_id == claim.job_id)
+            if ends.get(name):
+                outcome, delay = ends[name].pop(0)
+                await group.end(claim, outcome, delay=delay)
+            elif name != "running":
+                await group.end(claim, Outcome.RELEASED)
+    await store.cancel_job(ids["cancelled"], "enough")
+
+    names = {job_id: name for name, job_id in ids.items()}
+    claimed = {names[c.job_id]: c.attempt - 1 for c in await group.claim(promote=True)}
+    assert claimed == {
+        "due": 0,
+        "due since long": 0,
+        "due just now": 0,
+        "failed once of three": 1,
+        "failed twice of three": 2,
+        "released": 0,
+        "snoozed": 0,
+    }
+    assert await group.claim(promote=True) == []
+    assert [names[c.job_id] for c in await group.claim(5, "sibling")] == ["in a sibling queue"]
+
+
+async def test_an_empty_queue_gives_nothing_and_a_long_one_what_was_asked_for(
+    store: Store, group: Group
+) -> None:
+    assert await group.claim(5) == []
+    await store.enqueue([row(n) for n in range(5)])
+    assert [number_of(c) for c in await group.claim(2)] == [0, 1]
+    assert [number_of(c) for c in await group.claim(5)] == [2, 3, 4]
+
+
 async def test_only_an_open_registration_of_this_epoch_claims(store: Store, group: Group) -> None:
     await enqueue_one(store)
     assert await Group(store).claim() == []  # never registered
@@ -275,10 +340,24 @@ async def test_a_settlement_may_be_repeated_after_a_lost_reply(
 async def test_an_ended_claim_does_not_end_otherwise(store: Store, group: Group) -> None:
     answer = await enqueue_one(store)
     claim = await group.claim_one()
-    await group.end(claim, Outcome.DONE)
-    assert await group.end(claim, Outcome.FAILED, error="x") is None
+    await group.end(claim, Outcome.FAILED, error="x")
+    assert await group.end(claim, Outcome.DONE) is None
     assert await group.end(claim, Outcome.RELEASED) is None
-    assert await status(store, answer.id) == "done"
+    assert await group.end(claim, Outcome.FAILED, error="y") is None
+    assert await status(store, answer.id) == "failed"
+
+
+@pytest.mark.parametrize("asked", [Outcome.FAILED, Outcome.KILLED, Outcome.RELEASED, Outcome.SNOOZED])
+async def test_whatever_is_asked_for_a_claim_that_is_done_the_answer_is_done(
+    store: Store, group: Group, asked: Outcome
+) -> None:
+    """Only the group itself writes done: the reply to its commit was lost."""
+    answer = await enqueue_one(store)
+    claim = await group.claim_one()
+    await group.end(claim, Outcome.DONE)
+    before = await read(store, answer.id)
+    assert await group.end(claim, asked, error="x" if asked is Outcome.FAILED else None) is Outcome.DONE
+    assert await read(store, answer.id) == before
 
 
 # Cancelling by id.

@@ -53,7 +53,8 @@ async def test_writes_follow_ups_and_the_end_commit_together(
     assert (job.status, job.result, job.result_encoding) == ("done", *encode(follow_up))
     assert (job.group_id, job.attempts) == (group.id, 1)
     assert [number_of(c) for c in await group.claim(1, "audit")] == [5]
-    assert await group.end(claim, Outcome.FAILED, error="after the commit") is None
+    assert await group.end(claim, Outcome.FAILED, error="after the commit") is Outcome.DONE
+    assert await status(store, claim.job_id) == "done"
 
 
 async def test_transact_leaves_the_claim_as_it_is(

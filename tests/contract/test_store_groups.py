@@ -15,11 +15,11 @@ from triojobs._store import Compared, Store
 SHORT = 0.02  # seconds: a lease that is over before anybody looks
 
 
-async def dead_group(store: Store) -> Group:
+async def dead_group(store: Store, lease_duration: float = SHORT) -> Group:
     """Return a group that claimed everything and then fell silent for longer than its lease."""
-    group = await Group(store, lease_duration=SHORT).register()
+    group = await Group(store, lease_duration=lease_duration).register()
     await group.claim()
-    await trio.sleep(2 * SHORT)  # time itself
+    await trio.sleep(2 * lease_duration)  # time itself
     return group
 
 
@@ -207,7 +207,7 @@ async def test_a_living_group_is_left_alone(store: Store, group: Group, rival: G
 
 async def test_a_beat_that_comes_before_the_rescue_keeps_the_jobs(store: Store) -> None:
     answer = await enqueue_one(store)
-    late = await dead_group(store)
+    late = await dead_group(store, lease_duration=0.5)  # longer than from its beat to its rescue
     async with late.beating() as events:  # beats first, then looks for dead groups
         await late_beat(late, events)
     assert await status(store, answer.id) == "running"

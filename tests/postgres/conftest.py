@@ -11,6 +11,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from tools import Connection, end_all_calls, open_session
 
+from tests.tools.commit_proxy import CommitProxy, commit_proxy
+
 
 @pytest.fixture
 def connect(database: str) -> Iterator[Callable[[], Connection]]:
@@ -47,3 +49,10 @@ def shared_database(cluster: str, migrated_template: str) -> Iterator[str]:
         conn.execute(create.format(sql.Identifier(name), sql.Identifier(migrated_template)))
         yield make_conninfo(cluster, dbname=name)
         conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def proxied(conninfo: str) -> Iterator[tuple[CommitProxy, str]]:
+    """A proxy that can stop a COMMIT, and the conninfo that leads through it."""
+    with commit_proxy(conninfo) as found:
+        yield found

@@ -18,7 +18,7 @@ from psycopg import sql
 from psycopg.adapt import PyFormat, Transformer
 from tools import Connection, rolled_back
 
-PLACEHOLDER = re.compile(rb"%\((\w+)\)s")
+PLACEHOLDER = re.compile(rb"%\((\w+)\)[sb]")
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,11 @@ async def test_a_loop_that_does_not_come_back_loses_its_jobs_to_others(conninfo:
     """Actor one blocks its loop inside a handler; actor two runs the job; then the loop comes back."""
     rescued = threading.Event()
     runs: list[tuple[str, int]] = []
+    stops: list[tuple[triojobs.HardStop, str]] = []
+
+    def hard_stop(why: triojobs.HardStop) -> None:
+        stops.append((why, threading.current_thread().name))
+        raise SystemExit(70)  # must end neither the thread nor the group
 
     async def blocking(job: triojobs.Job[Any]) -> str:
         runs.append(("blocking", job.attempt))
@@ -158,7 +163,11 @@ async def test_a_loop_that_does_not_come_back_loses_its_jobs_to_others(conninfo:
 
     with Heard("loop_dead") as heard, rival(conninfo, rescuing) as open_rival:
         async with triojobs.open_worker_group(
-            conninfo, [triojobs.Worker(plain, blocking)], loop_dead_after=2.0, **SHORT_LEASE
+            conninfo,
+            [triojobs.Worker(plain, blocking)],
+            loop_dead_after=2.0,
+            hard_stop=hard_stop,
+            **SHORT_LEASE,
         ) as group:
             job_id = await group.client.enqueue(plain, None)
             with trio.fail_after(PATIENCE):
@@ -169,6 +178,10 @@ async def test_a_loop_that_does_not_come_back_loses_its_jobs_to_others(conninfo:
     [record] = heard.records
     assert (record.levelno, record.group_id) == (logging.ERROR, str(group.report.group_ids[0]))
     assert record.seconds >= 2.0
+    [(why, thread)] = stops
+    assert (why.reason, why.group_id, why.job_ids) == ("loop", group.report.group_ids[0], (job_id,))
+    assert "in blocking" in why.stack
+    assert thread != threading.current_thread().name
     assert runs == [("blocking", 1), ("rescuing", 2)]
     assert rows(conninfo, "SELECT attempt, status FROM triojobs.outcomes ORDER BY no") == [
         (1, "failed"),

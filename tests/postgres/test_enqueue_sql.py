@@ -197,15 +197,6 @@ def test_a_key_twice_in_one_call_is_a_conflict_of_the_second(db: Connection) -> 
     assert (first.created, second.created, first.id == second.id) == (True, False, True)
 
 
-def test_with_answer_each_a_taken_key_is_the_answer_of_its_row(db: Connection) -> None:
-    holder = put_one(db, key="k")
-    free, taken, plain = enqueue(db, [new_row(key="free"), new_row(key="k"), new_row()], answer_each=True)
-    assert (free.created, plain.created) == (True, True)
-    assert isinstance(taken, DuplicateJobError)
-    assert (taken.job_id, taken.index) == (holder, None)
-    assert count(db, "jobs") == 3
-
-
 def test_a_conflict_inside_a_savepoint_undoes_only_this_call(db: Connection) -> None:
     holder = put_one(db, key="k")
     with db.transaction():

@@ -153,25 +153,6 @@ async def test_an_exception_group_fails_the_attempt_and_names_its_members(connin
     assert "KeyError: 'other'" in info.error
 
 
-async def test_huge_error_texts_and_nul_are_cut_and_cleaned(conninfo: str) -> None:
-    async def handler(job: triojobs.Job[Any]) -> None:
-        raise ValueError("a\0é" * 10_000)
-
-    info = await run_one(conninfo, handler, job={"max_attempts": 1})
-    assert len(info.error.encode()) <= 8192
-    assert info.error.endswith("…[truncated]")
-    assert "\0" not in info.error
-
-
-async def test_a_result_that_cannot_be_encoded_fails_the_attempt(conninfo: str) -> None:
-    async def handler(job: triojobs.Job[Any]) -> object:
-        return object()
-
-    info = await run_one(conninfo, handler, job={"max_attempts": 1})
-    assert info.status == "killed"
-    assert "result is <object object" in info.error
-
-
 async def test_a_handler_that_is_no_coroutine_function_fails_the_attempt(conninfo: str) -> None:
     def handler(job: triojobs.Job[Any]) -> Any:
         return None
@@ -179,25 +160,6 @@ async def test_a_handler_that_is_no_coroutine_function_fails_the_attempt(conninf
     info = await run_one(conninfo, handler, job={"max_attempts": 1})
     assert info.status == "killed"
     assert "async" in info.error
-
-
-async def test_bytes_that_are_no_cbor_are_killed_at_once_and_the_group_lives(conninfo: str) -> None:
-    async def handler(job: triojobs.Job[Any]) -> str:
-        return "fine"
-
-    async with triojobs.open_worker_group(conninfo, [worker(handler)]) as group:
-        with psycopg.connect(conninfo) as conn:
-            row = conn.execute("SELECT nextval('triojobs.job_ids')").fetchone()
-            conn.execute(
-                "SELECT triojobs.insert_job(%s, 'plain', %s, 'cbor', NULL, '{}', 0, 5, NULL, NULL, now())",
-                [row[0], b"\xff\xff"],
-            )
-        healthy = await group.client.enqueue(plain, None)
-        with trio.fail_after(10):
-            assert await group.client.result(healthy) == "fine"
-            with pytest.raises(triojobs.JobFailedError, match="cannot be read") as caught:
-                await group.client.result(row[0])
-    assert caught.value.attempts == 1
 
 
 async def test_a_payload_that_does_not_fit_the_type_is_a_failed_attempt(conninfo: str) -> None:
@@ -412,7 +374,7 @@ async def test_a_handler_that_shields_its_clean_up_is_waited_for(conninfo: str) 
 async def test_a_handler_that_never_ends_keeps_its_lease_and_its_stack_is_logged(
     conninfo: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("triojobs._group.STUBBORN_INTERVAL", 0.05)
+    monkeypatch.setattr("triojobs._stubborn.STUBBORN_INTERVAL", 0.05)
     running, let_go = trio.Event(), trio.Event()
 
     async def stubborn(job: triojobs.Job[Any]) -> None:

@@ -51,7 +51,16 @@ def test_without_jitter_delays_never_shrink(attempt: int, random: float) -> None
 
 @given(attempts, randoms)
 def test_reconnects_are_never_at_once_and_never_late(failures: int, random: float) -> None:
-    assert 0.025 <= reconnect_delay(failures, lambda: random) <= RECONNECT_LIMIT
+    assert 0.1 <= reconnect_delay(failures, lambda: random) <= RECONNECT_LIMIT
+
+
+@given(st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=30, max_size=30))
+def test_a_server_that_refuses_is_asked_less_than_five_times_a_second(randoms: list[float]) -> None:
+    at, tries = 0.0, [0.0]
+    for failures, random in enumerate(randoms, 1):
+        at += reconnect_delay(failures, lambda random=random: random)  # type: ignore[misc]
+        tries.append(at)
+    assert all(fifth - first > 1.0 for first, fifth in zip(tries, tries[4:], strict=False))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -127,16 +128,18 @@ def test_a_commit_wins_over_an_end_that_was_not_written_yet() -> None:
     assert (ledger.held, ledger.unsettled) == (0, 0)
 
 
-def test_a_new_claim_of_a_job_replaces_an_end_that_became_stale() -> None:
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.SNOOZED, Outcome.RELEASED])
+def test_a_new_claim_of_a_job_shows_that_the_end_of_the_older_one_was_written(outcome: Outcome) -> None:
     ledger, old, new = Ledger(), claim(1, 1), claim(1, 2)
     ledger.book([old])
-    ledger.settle(old, end(old))
-    batch = ledger.ended(10)
+    ledger.settle(old, end(old, outcome))
+    batch = ledger.ended(10)  # committed, and its reply is lost or late
     ledger.book([new])
-    assert ledger.stale == 1
+    assert ledger.released + ledger.settled[outcome] == 1
+    assert ledger.stale == 0
     assert ledger.owns(new)
     assert not ledger.owns(old)
-    assert ledger.close_out(batch, []) == []  # counted when it was replaced
+    assert ledger.close_out(batch, []) == []  # counted already
     assert ledger.owns(new)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import triojobs
 from triojobs._errors import OptionError
 from triojobs._options import GroupOptions, checked_count, checked_name, checked_schema, checked_text
 
@@ -78,6 +79,31 @@ def test_leases_that_cannot_be_kept_cannot_be_constructed(changes: Any, field: s
 
 def test_the_longest_beat_interval_is_allowed() -> None:
     assert options(beat_interval=12.5).beat_interval == 12.5
+
+
+def test_a_hard_stop_comes_a_minute_after_the_cancel_or_when_it_was_said() -> None:
+    assert options().hard_stop_patience == math.inf
+    assert options(hard_stop=print).hard_stop_patience == 60.0
+    assert options(hard_stop=print, hard_stop_after=0.5).hard_stop_patience == 0.5
+
+
+async def asynchronous(why: triojobs.HardStop) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"hard_stop": 5}, "hard_stop"),
+        ({"hard_stop": asynchronous}, "hard_stop"),
+        ({"hard_stop": print, "hard_stop_after": 0}, "hard_stop_after"),
+        ({"hard_stop": print, "hard_stop_after": math.inf}, "hard_stop_after"),
+        ({"hard_stop_after": 5.0}, "hard_stop_after"),
+    ],
+)
+def test_a_hard_stop_that_could_not_be_called_is_refused(changes: Any, field: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        options(**changes)
+    assert caught.value.field == field
 
 
 def test_a_loop_is_given_up_after_ten_leases_or_when_it_was_said() -> None:

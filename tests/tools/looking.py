@@ -54,6 +54,18 @@ async def blocked(conninfo: str, role: str) -> int:
     return found
 
 
+LOCKED: LiteralString = """
+SELECT max(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
+"""
+
+
+async def anybody_blocked(conninfo: str) -> int:
+    """Wait until some session of this database waits for a lock; return its process id."""
+    found = await until(conninfo, LOCKED)
+    assert isinstance(found, int)
+    return found
+
+
 def terminate(conninfo: str, pid: int) -> None:
     """End a backend: its client never gets a reply."""
     rows(conninfo, "SELECT pg_terminate_backend(%s)", pid)

@@ -11,13 +11,23 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import psycopg
+from psycopg.adapt import AdaptersMap
 from psycopg.rows import tuple_row
 
 from .._errors import DuplicateJobError, OptionError
 from .._model import Enqueued, NewRow
 from .statements import statement
 
-__all__ = ["CHUNK", "enqueue", "new_job_ids"]
+__all__ = [
+    "CHUNK",
+    "SpecialRows",
+    "chunks",
+    "enqueue",
+    "enqueue_plain",
+    "is_one_statement",
+    "new_job_ids",
+    "split",
+]
 
 CHUNK: Final = 10_000  # rows per statement: past the knee of the rate, and a pause to be cancelled in
 CHUNK_BYTES: Final = 16 * 1024 * 1024  # of payload: bounds a statement's time and memory
@@ -31,7 +41,7 @@ WITH given AS MATERIALIZED (
            a.priority, a.max_attempts, a.timeout, a.deadline, a.no,
            coalesce(a.run_at, clock_timestamp() + coalesce(a.delay, 0) * interval '1 second') AS run_at
     FROM unnest(
-        %(queues)s::text[], %(payloads)s::bytea[], %(encodings)s::text[], %(metadata)s::text[],
+        %(queues)s::text[], %(payloads)b::bytea[], %(encodings)s::text[], %(metadata)s::text[],
         %(priorities)s::int[], %(max_attempts)s::int[], %(timeouts)s::float8[],
         %(deadlines)s::timestamptz[], %(run_ats)s::timestamptz[], %(delays)s::float8[]
     ) WITH ORDINALITY
@@ -55,11 +65,13 @@ FROM asked a, (SELECT count(pg_notify({channel}, q)) FROM unnest(%(notify)s::tex
 ORDER BY a.no
 """
 
+# Payloads are sent in binary (%b): as text, psycopg doubles their backslashes in a session with
+# standard_conforming_strings = off, and other bytes arrive.
 ENQUEUE_KEYED: Final = """
 SELECT (f.e).id, (f.e).created, (f.e).replaced FROM (
     SELECT {schema}.enqueue_keyed(
         %(job_id)s::bigint, %(queue)s::text, %(key)s::text, %(hold)s::text, %(hold_seconds)s::float8,
-        %(on_conflict)s::text, %(payload)s::bytea, %(encoding)s::text, %(metadata)s::text::jsonb,
+        %(on_conflict)s::text, %(payload)b::bytea, %(encoding)s::text, %(metadata)s::text::jsonb,
         %(priority)s::int, %(max_attempts)s::int, %(timeout)s::float8, %(deadline)s::timestamptz,
         coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s::float8 * interval '1 second')
     ) AS e OFFSET 0
@@ -68,7 +80,7 @@ SELECT (f.e).id, (f.e).created, (f.e).replaced FROM (
 
 ENQUEUE_BY_ID: Final = """
 SELECT %(job_id)s::bigint, {schema}.insert_job(
-    %(job_id)s::bigint, %(queue)s::text, %(payload)s::bytea, %(encoding)s::text, NULL,
+    %(job_id)s::bigint, %(queue)s::text, %(payload)b::bytea, %(encoding)s::text, NULL,
     %(metadata)s::text::jsonb, %(priority)s::int, %(max_attempts)s::int, %(timeout)s::float8,
     %(deadline)s::timestamptz,
     coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s::float8 * interval '1 second')
@@ -80,9 +92,23 @@ HANDED_OUT: Final = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM 
 NOTIFY_INSIDE: Final = "SELECT pg_notify({channel}, q) FROM unnest(%(queues)s::text[]) q"
 
 
+ADAPTERS: Final = AdaptersMap(psycopg.adapters)
+
+
+class Cursor(psycopg.Cursor[tuple[Any, ...]]):
+    """A cursor on the caller's connection that knows nothing of its row factory and its adapters."""
+
+    def __init__(self, conn: psycopg.Connection[Any]) -> None:
+        super().__init__(conn, row_factory=tuple_row)
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return ADAPTERS
+
+
 def new_job_ids(conn: psycopg.Connection[Any], schema: str, count: int) -> list[int]:
     """Reserve ids for `job_id=`."""
-    rows = _cursor(conn).execute(statement(NEW_IDS, schema), {"count": count}).fetchall()
+    rows = Cursor(conn).execute(statement(NEW_IDS, schema), {"count": count}).fetchall()
     return [row[0] for row in rows]
 
 
@@ -93,35 +119,46 @@ def enqueue(
     *,
     notify_inside: bool,
     between_chunks: Callable[[], None] = lambda: None,
-    answer_each: bool = False,
-) -> list[Enqueued | DuplicateJobError]:
-    """Insert `rows` into the open transaction (or, alone in autocommit, as one statement).
+) -> list[Enqueued]:
+    """Insert `rows` into the open transaction, or in autocommit if `is_one_statement(rows)`.
 
-    `between_chunks` may raise to give up. With `answer_each` a taken key is that row's answer;
-    otherwise it raises DuplicateJobError and the caller rolls back.
+    `between_chunks` may raise to give up; the caller rolls back after any error.
 
     Raises:
         DuplicateJobError: a key with on_conflict "raise" is taken; `index` names the row.
         OptionError: a job_id was not handed out by `new_job_ids`.
     """
-    plain = [i for i, row in enumerate(rows) if row.key is None and row.job_id is None]
-    special = [i for i, row in enumerate(rows) if row.key is not None or row.job_id is not None]
-    answers: dict[int, Enqueued | DuplicateJobError] = {}
-    for n, chunk in enumerate(_chunks(rows, plain)):
+    plain, special = split(rows)
+    answers: dict[int, Enqueued] = {}
+    for n, chunk in enumerate(chunks(rows, plain)):
         if n:
             between_chunks()
-        ids = _enqueue_plain(conn, schema, [rows[i] for i in chunk], notify_inside=notify_inside)
+        ids = enqueue_plain(conn, schema, [rows[i] for i in chunk], notify_inside=notify_inside)
         answers.update(zip(chunk, map(_created, ids), strict=True))
     if special:
-        special.sort(key=lambda i: (rows[i].queue, rows[i].key or "", i))
-        _enqueue_special(conn, schema, rows, special, answers, between_chunks, answer_each=answer_each)
+        _enqueue_special(conn, schema, rows, special, answers, between_chunks)
         if notify_inside:
             queues = sorted({rows[i].queue for i in special})
-            _cursor(conn).execute(statement(NOTIFY_INSIDE, schema), {"queues": queues})
+            Cursor(conn).execute(statement(NOTIFY_INSIDE, schema), {"queues": queues})
     return [answers[i] for i in range(len(rows))]
 
 
-def _chunks(rows: Sequence[NewRow], indexes: Sequence[int]) -> Iterator[list[int]]:
+def split(rows: Sequence[NewRow]) -> tuple[list[int], list[int]]:
+    """Return the indexes of the rows that go in bulk, and of those that go one by one, sorted by key."""
+    plain = [i for i, row in enumerate(rows) if row.key is None and row.job_id is None]
+    special = [i for i, row in enumerate(rows) if row.key is not None or row.job_id is not None]
+    special.sort(key=lambda i: (rows[i].queue, rows[i].key or "", rows[i].job_id or 0, i))
+    return plain, special
+
+
+def is_one_statement(rows: Sequence[NewRow]) -> bool:
+    """Tell whether `enqueue` sends a single statement, which is a transaction by itself."""
+    plain, special = split(rows)
+    return not special and sum(1 for _ in chunks(rows, plain)) <= 1
+
+
+def chunks(rows: Sequence[NewRow], indexes: Sequence[int]) -> Iterator[list[int]]:
+    """Divide the rows with these indexes into what one statement may carry."""
     chunk: list[int] = []
     size = 0
     for i in indexes:
@@ -138,14 +175,10 @@ def _created(job_id: int) -> Enqueued:
     return Enqueued(job_id, created=True)
 
 
-def _cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[tuple[Any, ...]]:
-    # The connection may be the caller's, with a row factory and a cursor class of its own.
-    return psycopg.Cursor(conn, row_factory=tuple_row)
-
-
-def _enqueue_plain(
+def enqueue_plain(
     conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow], *, notify_inside: bool
 ) -> list[int]:
+    """Insert rows without key and job_id by one statement; return their ids."""
     parameters = {
         "queues": [r.queue for r in rows],
         "payloads": [r.payload for r in rows],
@@ -159,7 +192,7 @@ def _enqueue_plain(
         "delays": [r.delay for r in rows],
         "notify": sorted({r.queue for r in rows}) if notify_inside else [],
     }
-    return [row[0] for row in _cursor(conn).execute(statement(ENQUEUE_PLAIN, schema), parameters).fetchall()]
+    return [row[0] for row in Cursor(conn).execute(statement(ENQUEUE_PLAIN, schema), parameters).fetchall()]
 
 
 def _enqueue_special(
@@ -167,41 +200,50 @@ def _enqueue_special(
     schema: str,
     rows: Sequence[NewRow],
     order: Collection[int],
-    answers: dict[int, Enqueued | DuplicateJobError],
+    answers: dict[int, Enqueued],
     between_chunks: Callable[[], None],
-    *,
-    answer_each: bool,
 ) -> None:
-    cursor = _cursor(conn)
-    _check_job_ids(cursor, schema, rows)
-    drawn = iter(new_job_ids(conn, schema, sum(rows[i].job_id is None for i in order)))
+    sending = SpecialRows(conn, schema, [rows[i] for i in order])
+    for row in rows:
+        sending.check_job_id(row)
     for done, i in enumerate(order):
         if done and done % KEYED_CHUNK == 0:
             between_chunks()
-        row = rows[i]
-        job_id = next(drawn) if row.job_id is None else row.job_id
+        answers[i] = sending.enqueue(rows[i], index=i if len(rows) > 1 else None)
+
+
+class SpecialRows:
+    """Sends rows with a key or a job_id one by one, inside the open transaction.
+
+    Args:
+        rows: all that will be sent, so that what they need is asked for once.
+    """
+
+    def __init__(self, conn: psycopg.Connection[Any], schema: str, rows: Sequence[NewRow]) -> None:
+        self._cursor = Cursor(conn)
+        self._schema = schema
+        self._handed_out = 0
+        if any(row.job_id is not None for row in rows):
+            found = self._cursor.execute(statement(HANDED_OUT, schema)).fetchone()
+            assert found is not None
+            self._handed_out = found[0]
+        self._drawn = iter(new_job_ids(conn, schema, sum(row.job_id is None for row in rows)))
+
+    def check_job_id(self, row: NewRow) -> None:
+        """Raise OptionError unless the row's job_id was handed out, or left out."""
+        if row.job_id is not None and not 1 <= row.job_id <= self._handed_out:
+            limit = "an id that new_job_id() handed out"
+            raise OptionError("job_id", row.job_id, limit, operation="enqueueing")
+
+    def enqueue(self, row: NewRow, *, index: int | None = None) -> Enqueued:
+        """Send one row; a taken key raises DuplicateJobError with this index."""
+        job_id = next(self._drawn) if row.job_id is None else row.job_id
         parameters = {name: getattr(row, name) for name in row.__slots__}
         parameters |= {"job_id": job_id, "delay": row.delay or 0.0}
         template = ENQUEUE_BY_ID if row.key is None else ENQUEUE_KEYED
-        found = cursor.execute(statement(template, schema), parameters).fetchone()
+        found = self._cursor.execute(statement(template, self._schema), parameters).fetchone()
         assert found is not None
         answer = Enqueued(found[0], created=found[1], replaced=found[2])
         if not answer.created and row.key is not None and row.on_conflict == "raise" and answer.id != job_id:
-            index = i if len(rows) > 1 and not answer_each else None
-            duplicate = DuplicateJobError(queue=row.queue, key=row.key, job_id=answer.id, index=index)
-            if not answer_each:
-                raise duplicate
-            answers[i] = duplicate
-        else:
-            answers[i] = answer
-
-
-def _check_job_ids(cursor: psycopg.Cursor[tuple[Any, ...]], schema: str, rows: Sequence[NewRow]) -> None:
-    given = [row.job_id for row in rows if row.job_id is not None]
-    if given:
-        found = cursor.execute(statement(HANDED_OUT, schema)).fetchone()
-        assert found is not None
-        for job_id in given:
-            if not 1 <= job_id <= found[0]:
-                limit = "an id that new_job_id() handed out"
-                raise OptionError("job_id", job_id, limit, operation="enqueueing")
+            raise DuplicateJobError(queue=row.queue, key=row.key, job_id=answer.id, index=index)
+        return answer

@@ -8,8 +8,9 @@ one and `transient` is the cautious guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, Final
 
 import psycopg
@@ -18,23 +19,42 @@ from psycopg.conninfo import conninfo_to_dict
 from .._errors import DatabaseError, SchemaError
 
 # Connection, rollback (serialization, deadlock), resources, operator intervention, input/output; lock not
-# available; read only (the primary became a standby).
-TRANSIENT_SQLSTATES: Final = ("08", "40", "53", "57", "58", "55P03", "25006")
+# available; idle in a transaction; read only (the primary became a standby).
+TRANSIENT_SQLSTATES: Final = ("08", "40", "53", "57", "58", "55P03", "25P03", "25006")
 
 # The call lost a race that the server decided: the same call again may win.
-RETRY: Final = frozenset({"40001", "40P01", "55P03"})
+RETRY_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})
 
-# The session is gone, or its server is going away or became a standby: a new connection may help.
-RECONNECT: Final = frozenset(
-    {"25006", "25P03", "57P01", "57P02", "57P03", "57P05"}
-    | {"08000", "08001", "08003", "08004", "08006", "08007", "08P01"}
-)
+# The session is gone, or its server says goodbye (shutdown, crash, starting up, idle for too long).
+# Whether it had committed before is not known.
+FAREWELLS: Final = ("08", "57P", "25P03")
+
+# A new connection may help: besides those, the server became a standby (there may be another host), or has
+# no room for us.
+RECONNECT_SQLSTATES: Final = (*FAREWELLS, "25006", "53300")
 
 NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703", "42883"})
 
 # Words of a failed connect, whether it may heal, and the hint; the first that matches wins.
 CONNECT_HINTS: Final = (
-    (("starting up", "shutting down", "too many", "connection slots"), True, "try again later"),
+    (
+        (
+            "starting up",
+            "shutting down",
+            "recovery mode",
+            "not accepting",
+            "not currently accepting",
+            "not yet accepting",
+        ),
+        True,
+        "try again later",
+    ),
+    (("too many", "connection slots"), True, "try again later, or raise max_connections"),
+    (
+        ("is read-only", "hot standby mode"),
+        True,
+        "name the primary server among the hosts of the conninfo; a standby may be about to become it",
+    ),
     (("password", "authentication", "pg_hba.conf"), False, "check user and password of the conninfo"),
     (('role "',), False, "check the user of the conninfo, or create that role"),
     (('database "',), False, "check dbname of the conninfo, or create that database"),
@@ -71,11 +91,12 @@ def connect(
     operation: str,
     application_name: str,
     prepare_threshold: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
     **defaults: Any,
 ) -> psycopg.Connection[Any]:
     """Open an autocommit connection, or raise DatabaseError that says what to check in the conninfo.
 
-    `defaults` are libpq parameters that a conninfo may override.
+    `defaults` are libpq parameters that a conninfo may override, `overrides` replace the conninfo's.
     """
     given = _checked_options(conninfo, operation=operation)
     password = given.get("password")
@@ -90,6 +111,7 @@ def connect(
                 for name, value in {"application_name": application_name, **defaults}.items()
                 if name not in given
             },
+            **(overrides or {}),
         )
     except psycopg.Error as exc:
         text = one_line(exc)
@@ -105,12 +127,30 @@ def connect(
         ) from exc
 
 
+class Remedy(Enum):
+    """What to do with a connection after an error of a statement."""
+
+    RECONNECT = "drop it: the session is gone, or another server is wanted"
+    RETRY = "keep it and make the same call again"
+    FAIL = "keep it and tell the caller"
+
+
+def remedy(exc: psycopg.Error) -> Remedy:
+    """Return what may help after this error."""
+    if exc.sqlstate is None:  # libpq's own: the connection broke; psycopg's own: the call is wrong
+        broke = isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError)
+        return Remedy.RECONNECT if broke else Remedy.FAIL
+    if exc.sqlstate.startswith(RECONNECT_SQLSTATES):
+        return Remedy.RECONNECT
+    return Remedy.RETRY if exc.sqlstate in RETRY_SQLSTATES else Remedy.FAIL
+
+
 def translate(exc: psycopg.Error, *, operation: str) -> DatabaseError:
     """Return our error for the failure of a statement that may have reached the server.
 
     A reply that names an error says that nothing was committed; a silence, or a farewell, says nothing.
     """
-    lost = exc.sqlstate is None or (exc.sqlstate in RECONNECT and exc.sqlstate != "25006")
+    lost = exc.sqlstate is None or exc.sqlstate.startswith(FAREWELLS)
     error = SchemaError if exc.sqlstate in NO_SCHEMA else DatabaseError
     return error(
         one_line(exc),

@@ -55,7 +55,8 @@ SELECT NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.queue = ANY (%(queues)s)
 
 def read_jobs(conn: psycopg.Connection[Any], schema: str, ids: Sequence[int]) -> list[RawJob]:
     """Return the jobs that exist, in no particular order."""
-    rows = conn.execute(statement(READ_JOBS, schema), {"ids": list(ids)}).fetchall()
+    # In binary: the text of a time depends on the session's DateStyle, which may be one that psycopg refuses.
+    rows = conn.execute(statement(READ_JOBS, schema), {"ids": list(ids)}, binary=True).fetchall()
     return [RawJob(*row) for row in rows]
 
 

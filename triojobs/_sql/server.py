@@ -1,14 +1,15 @@
-"""Which server answers at a conninfo: the probe before an embedded server is adopted."""
+"""Which server answers: the probe before an embedded server is adopted, and that of the listener."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 
-__all__ = ["data_directory_at"]
+__all__ = ["data_directory_at", "is_read_only"]
 
 SHOW_DATA_DIRECTORY: Final = "SHOW data_directory"
+READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
 PROBE_TIMEOUT: Final = 2  # seconds, libpq's least; a local socket answers in 2 ms or refuses at once
 
 
@@ -24,3 +25,9 @@ def data_directory_at(conninfo: str) -> str | None:
     except psycopg.Error:
         return None
     return str(row[0]) if row else None
+
+
+def is_read_only(conn: psycopg.Connection[Any]) -> bool:
+    """Return whether this connection may not write: the server is a standby, or was told to refuse."""
+    row = conn.execute(READ_ONLY).fetchone()
+    return row is not None and bool(row[0])

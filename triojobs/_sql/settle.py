@@ -34,7 +34,7 @@ WITH me AS MATERIALIZED (
 ), asked AS (
     SELECT * FROM unnest(
         %(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[],
-        %(results)s::bytea[], %(encodings)s::text[], %(delays)s::float8[]
+        %(results)b::bytea[], %(encodings)s::text[], %(delays)s::float8[]
     ) AS a(id, claim_no, outcome, error, result, encoding, delay)
     LIMIT cardinality(%(ids)s::bigint[])
 ), ended AS (
@@ -71,14 +71,16 @@ WITH me AS MATERIALIZED (
 SELECT id, claim_no, outcome, CASE WHEN outcome IN ('failed', 'snoozed', 'released') THEN queue END FROM ended
 """
 
-# The repetition of a settlement whose reply was lost finds what that one wrote. What a rescue wrote
-# for the same claim says another error, and is not ours.
+# The repetition of a settlement whose reply was lost finds what that one wrote. So does any settlement
+# after a `Job.commit` whose reply was lost: nobody but the claim's own group writes done. What a rescue
+# wrote for the same claim says another error, and is not ours.
 WRITTEN_BEFORE: Final = """
 SELECT o.job_id, o.claim_no, o.status
 FROM unnest(%(ids)s::bigint[], %(claim_nos)s::bigint[], %(outcomes)s::text[], %(errors)s::text[])
      AS a(id, claim_no, outcome, error)
 JOIN {schema}.outcomes o ON o.job_id = a.id AND o.group_id = %(group_id)s AND o.claim_no = a.claim_no
-WHERE (o.status = 'cancelled' AND a.outcome <> 'done')
+WHERE o.status = 'done'
+   OR (o.status = 'cancelled' AND a.outcome <> 'done')
    OR (o.status = a.outcome AND o.error IS NOT DISTINCT FROM a.error)
 """
 
@@ -90,7 +92,7 @@ WITH ended AS (
     RETURNING id, claim_no, attempt, claimed_at
 )
 INSERT INTO {schema}.outcomes (job_id, group_id, claim_no, attempt, status, result, encoding, claimed_at)
-SELECT id, %(group_id)s, claim_no, attempt, 'done', %(result)s, %(encoding)s, claimed_at FROM ended
+SELECT id, %(group_id)s, claim_no, attempt, 'done', %(result)b, %(encoding)s, claimed_at FROM ended
 """
 
 HOLD_LEASE: Final = """
@@ -116,8 +118,8 @@ def settle(
 ) -> tuple[list[Settled], set[str]]:
     """Write the ends of claims of one group.
 
-    Returns what was written, now or by an earlier try of the same settlement, and the queues in which
-    something became claimable (sooner).
+    Returns what was written, now or by an earlier try whose reply was lost (of the same settlement, or of
+    a commit), and the queues in which something became claimable (sooner).
     """
     # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
     # deadlock; the plan keeps the order of the batch.

@@ -1,0 +1,160 @@
+"""One slot, without fetcher and database: its cancel scope, from job to job."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+import triojobs
+from tests.tools.mutants import code, noticed
+from triojobs._handling import Slots
+from triojobs._lease import Lease
+from triojobs._model import CancelRequest, Claim, Outcome, Registration
+from triojobs._registration import LiveRegistration
+
+QUEUE: triojobs.Queue[Any, Any] = triojobs.Queue("q")
+
+
+class OneSlot:
+    """A worker with one slot, and claims that are handed to it directly."""
+
+    def __init__(self, handler: Any) -> None:
+        record = Registration(uuid.uuid4(), "test", "localhost", 1, "0", lease_duration=30.0)
+        self.live = LiveRegistration(record, Lease(duration=30.0, margin=5.0, interval=6.0))
+        store: Any = None
+        self.slots = Slots(
+            triojobs.Worker(QUEUE, handler, concurrency=1),
+            self.live,
+            store,
+            busy_ids=Counter(),
+            on_free=lambda: None,
+        )
+
+    def hand_in(self, job_id: int, timeout: float | None = None) -> None:
+        """Claim a job and give it to the slot, busy or not."""
+        claim = Claim(
+            job_id=job_id,
+            claim_no=job_id,
+            group_id=self.live.group_id,
+            queue=QUEUE.name,
+            attempt=1,
+            max_attempts=5,
+            priority=0,
+            run_at=0.0,
+            enqueued_at=0.0,
+            payload=QUEUE.encode_payload(None),
+            encoding=b"cbor",
+            timeout=timeout,
+            deadline=None,
+            deadline_in=None,
+            key=None,
+            metadata=None,
+            last_error=None,
+        )
+        self.live.ledger.book([claim])
+        self.slots.hand_in(self.live.ledger.take_booked(), trio.current_time())
+
+    def ended(self) -> dict[int, Outcome]:
+        return {s.job_id: s.outcome for s in self.live.ledger.ended(100)}
+
+
+@asynccontextmanager
+async def one_slot(handler: Any) -> AsyncIterator[OneSlot]:
+    slot = OneSlot(handler)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(slot.slots.slot)
+        yield slot
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("returns", [True, False], ids=["returns", "is cancelled"])
+@pytest.mark.parametrize("why", ["timeout", "request"])
+async def test_the_next_job_does_not_meet_a_scope_that_was_used_up(
+    autojump_clock: Any, why: str, returns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there already when the cancelled one ends, so that the slot takes it without a checkpoint."""
+    monkeypatch.setattr("triojobs._handling.YIELD_AFTER", 3600.0)  # however slow this machine is
+    running, let_go = trio.Event(), trio.Event()
+
+    async def handler(job: triojobs.Job[Any]) -> None:
+        if job.id == 1:
+            running.set()
+            with trio.CancelScope(shield=True):
+                await let_go.wait()
+            if returns:
+                return
+        await trio.lowlevel.checkpoint()
+
+    async with one_slot(handler) as slot:
+        slot.hand_in(1, timeout=1.0 if why == "timeout" else None)
+        await running.wait()
+        if why == "timeout":
+            await trio.sleep(2.0)
+        else:
+            slot.slots.cancel(CancelRequest(1, 1, "enough"))
+        slot.hand_in(2)
+        let_go.set()
+        await trio.testing.wait_all_tasks_blocked()
+    first = Outcome.FAILED if why == "timeout" else Outcome.CANCELLED
+    assert slot.ended() == {1: Outcome.DONE if returns else first, 2: Outcome.DONE}
+
+
+async def test_a_job_that_ended_in_time_takes_its_deadline_with_it(autojump_clock: Any) -> None:
+    started: list[int] = []
+
+    async def handler(job: triojobs.Job[Any]) -> None:
+        started.append(job.id)
+        await trio.sleep(0.5 if job.id == 1 else 5.0)
+
+    async with one_slot(handler) as slot:
+        slot.hand_in(1, timeout=1.0)
+        slot.hand_in(2)
+        await trio.sleep(10.0)
+    assert started == [1, 2]
+    assert slot.ended() == {1: Outcome.DONE, 2: Outcome.DONE}
+
+
+async def test_a_request_for_an_older_claim_cancels_nobody(autojump_clock: Any) -> None:
+    async def handler(job: triojobs.Job[Any]) -> None:
+        await trio.sleep(1.0)
+
+    async with one_slot(handler) as slot:
+        slot.hand_in(7)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not slot.slots.cancel(CancelRequest(7, 6, "of the last attempt"))
+        assert not slot.slots.cancel(CancelRequest(8, 7, "of another job"))
+        await trio.sleep(2.0)
+    assert slot.ended() == {7: Outcome.DONE}
+
+
+MUTANTS = {
+    "a slot keeps a scope that is used up": (
+        code(Slots, "slot", ("if scope.cancel_called:", "if False:")),
+        test_the_next_job_does_not_meet_a_scope_that_was_used_up,
+        {"why": "timeout", "returns": True},
+    ),
+    "a deadline stays on the scope": (
+        code(Slots, "_run", ("scope.deadline = math.inf", "pass")),
+        test_a_job_that_ended_in_time_takes_its_deadline_with_it,
+        {},
+    ),
+    "a request is known by its job alone": (
+        code(Slots, "cancel", (" or running.claim.claim_no != request.claim_no", "")),
+        test_a_request_for_an_older_claim_cancels_nobody,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+async def test_a_mutant_is_noticed(mutant: str, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch, test, values = MUTANTS[mutant]
+    patch(monkeypatch)
+    await noticed(test, autojump_clock=autojump_clock, monkeypatch=monkeypatch, **values)
