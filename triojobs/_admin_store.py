@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 import psycopg
+import trio
 
 from ._bridge import IDLE, Breaker, Call, Line
 from ._errors import DatabaseError, TriojobsError
@@ -127,21 +128,31 @@ class SyncAdminStore:
         self._schema = schema
         self._breaker = Breaker()
         self._lock = threading.Lock()
+        self._closed = False
         self._line = open_line(self._breaker, conninfo, call_timeout=call_timeout, pooled=pooled, size=1)
 
     def open(self) -> None:
         """Connect and verify the schema."""
-        with self._lock:
-            self._line.call("connecting", lambda call: check_schema(call.conn, self._schema))
+        self._call("connecting", lambda call: check_schema(call.conn, self._schema))
 
     def run(self, step: Step[T]) -> T:
         """Do a step in this thread."""
+        return self._call(step.operation, lambda call: perform(call, self._schema, step))
+
+    def _call(self, operation: str, fn: Callable[[Call], T]) -> T:
+        # Before the lock: in a forked child nobody may be left to release it.
+        self._line.check_owner(operation)
         with self._lock:
-            return self._line.call(step.operation, lambda call: perform(call, self._schema, step))
+            if self._closed:  # while this thread waited for its turn
+                raise trio.ClosedResourceError("this triojobs admin is closed")
+            return self._line.call(operation, fn)
 
     def close(self) -> None:
-        """Close the connection and end the breaker's thread."""
+        """Close the connection and end the breaker's thread. In a forked child: nothing, they are not its own."""
+        if not self._line.is_owned:
+            return
         with self._lock:
+            self._closed = True
             self._line.close()
             self._breaker.close()
 

@@ -174,24 +174,23 @@ async def test_a_lot_of_jobs_is_cancelled_retried_and_deleted(
 
 
 def test_a_job_that_somebody_holds_is_done_after_its_batch(
-    db: Connection, connect: Any, database: str
+    db: Connection, connect: Any, admin: triojobs.SyncAdmin
 ) -> None:
     ids = put(db, 5)
-    with connect() as gate, triojobs.SyncAdmin(database) as admin:
-        gate.execute("BEGIN")
-        gate.execute("SELECT FROM triojobs.ready WHERE id = %s FOR UPDATE", [ids[2]])
-        told: list[BulkResult] = []
-
-        def cancel(conn: Connection) -> BulkResult:
-            return triojobs.admin_on(conn).cancel_many(JobFilter(queue="q"), progress=told.append)
-
-        worker = connect()
-        call = blocked(db, worker, cancel)
-        assert count(db, "ready") == 1  # the others are cancelled already
-        gate.execute("ROLLBACK")
-        assert call.result() == BulkResult(5, 0)
-        assert told == [BulkResult(5, 0)]
-        assert admin.jobs(JobFilter(status="cancelled")).items[2].id == ids[2]
+    told: list[BulkResult] = []
+    gate = connect()
+    gate.execute("BEGIN")
+    gate.execute("SELECT FROM triojobs.ready WHERE id = %s FOR UPDATE", [ids[2]])
+    call = blocked(
+        db,
+        connect(),
+        lambda conn: triojobs.admin_on(conn).cancel_many(JobFilter(queue="q"), progress=told.append),
+    )
+    assert count(db, "ready") == 1  # the others are cancelled already
+    gate.execute("ROLLBACK")
+    assert call.result() == BulkResult(5, 0)
+    assert told == [BulkResult(5, 0)]
+    assert admin.jobs(JobFilter(status="cancelled")).items[2].id == ids[2]
 
 
 def test_a_job_that_moved_out_of_the_filter_meanwhile_is_left(db: Connection, connect: Any) -> None:
