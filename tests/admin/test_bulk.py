@@ -106,8 +106,9 @@ async def test_what_is_retried_waits_in_its_old_order(db: Connection, group: Gro
 async def test_jobs_that_come_meanwhile_are_left(db: Connection, face: Face) -> None:
     put(db, 4)
 
-    def enqueue_more(_: BulkResult) -> None:
-        put(db, 2)
+    def enqueue_more(result: BulkResult) -> None:
+        if result.touched <= 4:
+            put(db, 2)
 
     result = await face("cancel_many", JobFilter(queue="q"), batch=2, progress=enqueue_more)
     assert result == BulkResult(4, 0)

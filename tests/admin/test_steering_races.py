@@ -31,7 +31,7 @@ from triojobs import BulkResult, JobFilter, JobNotFoundError, admin_on
 from triojobs._model import Enqueued, Outcome
 from triojobs._sql import claim as claim_sql
 from triojobs._sql import enqueue as enqueue_sql
-from triojobs._sql import groups
+from triojobs._sql import groups, settle
 
 Connect = Callable[[], Connection]
 Act = Callable[[Connection, int], Any]
@@ -249,6 +249,17 @@ def test_a_rescue_that_waits_for_a_cancel_in_bulk_sees_it(connect: Connect, db: 
     assert history(db, job_id) == [(1, "cancelled", "stop")]
 
 
+def test_a_cancel_in_bulk_does_not_wait_for_a_transaction_of_the_handler(
+    connect: Connect, db: Connection
+) -> None:
+    job_id = put_one(db)
+    group = Group(db)
+    claim_no = group.claim_one(db).claim_no
+    with (a := connect()).transaction():
+        assert settle.hold_lease(a, SCHEMA, job_id=job_id, group_id=group.id, claim_no=claim_no)
+        assert admin_on(db).cancel_many(JobFilter(ids=[job_id])) == BulkResult(1, 0)
+
+
 # Two operators.
 
 # What the second one answers, and where the job is in the end.
@@ -326,6 +337,21 @@ def test_of_two_operators_at_an_ended_job_the_second_sees_what_the_first_did(
     assert place(db, job_id) == (where, 0)
     if where == "nowhere":
         assert [count(db, t) for t in ("jobs", "keys", "outcomes", "ready")] == [0, 0, 0, 0]
+
+
+def test_of_two_operators_who_retry_in_bulk_one_does(connect: Connect, db: Connection) -> None:
+    job_id = put_one(db)
+    group, a, b = Group(db), connect(), connect()
+    group.settle(db, group.claim_one(db), Outcome.KILLED)
+
+    def retry(conn: Connection) -> BulkResult:
+        return admin_on(conn).retry_many(JobFilter(status="killed"))
+
+    with a.transaction():
+        assert retry(a) == BulkResult(1, 0)
+        late = blocked(db, b, retry)
+    assert late.result() == BulkResult(0, 1)
+    assert place(db, job_id) == ("ready", 0)
 
 
 def test_a_job_deleted_beside_a_taker_of_its_key_leaves_the_key_to_him(
