@@ -1,4 +1,4 @@
-"""Plans of the admin's reads beside 300,000 ended, 100,000 due and 300,000 future jobs.
+"""Plans of the admin's reads and acts beside 300,000 ended, 100,000 due and 300,000 future jobs.
 
 A page must not cost more for what lies behind it. So each statement is looked at with what really ran:
 which tables it walks, how many pages it touches, and that its second half (how far the search came)
@@ -18,7 +18,13 @@ from tools import PATIENCE, SCHEMA, Connection, Group, open_session, put
 from triojobs._admin_model import JobFilter
 from triojobs._admin_store import prepare_admin_session
 from triojobs._explanation import AHEAD_LIMIT
-from triojobs._sql import counting, explaining, listing, selecting, statistics
+from triojobs._model import JobStatus
+from triojobs._sql import counting, explaining, listing, pausing, selecting, statistics
+from triojobs._sql.cancelling import cancelling
+from triojobs._sql.deleting import deleting
+from triojobs._sql.editing import Changes, editing
+from triojobs._sql.rescheduling import rescheduling
+from triojobs._sql.retrying import retrying
 from triojobs._sql.selecting import Bounds, Search
 
 FILL = """
@@ -261,3 +267,69 @@ def test_explaining_counts_what_is_ahead_by_the_order_of_claims(grown: Grown) ->
         # Priority 1 and 2 come before 0; no more than the limit are counted.
         assert rows_read(plan, "ready") <= min(ahead, AHEAD_LIMIT) + 5
         assert plan.pages < 2000
+
+
+# Steering. 500 jobs in each place, of hundreds of thousands.
+
+EVERY = frozenset(JobStatus)
+ACTS = {
+    "cancel": cancelling("no", EVERY),
+    "retry": retrying(EVERY),
+    "hurry": rescheduling(None, 0.0, EVERY),
+    "put off": rescheduling(None, 600.0, EVERY),
+    "edit": editing(Changes(priority=7)),
+    "delete": deleting(EVERY),
+}
+PLACES = {"ended": 1, "later": 1_500_001, "due": 1_800_001}
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("act", ACTS)
+def test_an_act_looks_its_jobs_up_one_by_one(grown: Grown, act: str, wait: bool) -> None:
+    ids = [start + n * 199 for start in PLACES.values() for n in range(500)]
+    plans = grown.plans(ACTS[act], ids, wait=wait)
+    for plan in plans:
+        assert not plan.would_walk & LARGE
+        # Some indexes and a row of each of 1,500 jobs in up to five tables.
+        assert plan.pages < 120_000
+        assert rows_read(plan, *LARGE) <= 5 * len(ids)
+    assert any(plan.nodes("LockRows") for plan in plans)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_an_act_on_one_job_costs_nothing_for_the_others(grown: Grown, act: str) -> None:
+    for job_id in PLACES.values():
+        for plan in grown.plans(ACTS[act], [job_id], wait=True):
+            assert plan.pages < 150
+            assert rows_read(plan, *LARGE) <= 5
+
+
+@pytest.mark.parametrize("statistics", ["none", "of empty tables"])
+@pytest.mark.parametrize("act", ACTS)
+def test_plans_of_acts_made_while_the_tables_were_small_do_not_walk_them(
+    db: Connection, act: str, statistics: str
+) -> None:
+    if statistics == "of empty tables":
+        db.execute("VACUUM ANALYZE")
+    prepare_admin_session(db, call_timeout=PATIENCE)
+    ids = put(db, 3)
+    for statement in recorded(db, ACTS[act], SCHEMA, ids, wait=False):
+        plan = explain(db, statement)
+        assert not plan.would_walk
+        assert not plan.nodes("Hash")
+
+
+def test_the_batches_of_a_bulk_act_go_on_where_the_one_before_ended(grown: Grown) -> None:
+    search = Search(JobFilter(queue="later"), frozenset({JobStatus.PENDING}), newest_first=False)
+    bounds = selecting.present(grown.conn, SCHEMA, search.which)
+    first = selecting.find(grown.conn, SCHEMA, search, bounds, limit=500)
+    assert len(first.ids) == 500
+    assert first.rest is not None
+    (plan,) = grown.plans(selecting.find, search, first.rest, limit=500)
+    assert rows_read(plan, *LARGE) < 2_000
+    assert plan.pages < 5_000
+
+
+def test_the_look_for_claims_before_a_pause_touches_no_job(grown: Grown) -> None:
+    (plan,) = grown.plans(pausing.claims_in_flight)
+    assert rows_read(plan, *LARGE) == 0

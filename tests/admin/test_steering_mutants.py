@@ -73,10 +73,10 @@ def edit_reports_without_touching_the_waiting_row(patch: pytest.MonkeyPatch, db:
     patch.setattr(editing, "EDIT_WAITING", "SELECT")
 
 
-NO_LEASE = "  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i)\n"
-NO_READY = "  AND NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i)\n"
-NO_SCHEDULED = "  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i)\n"
-STARTED = "AND NOT EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = d.i)"
+NO_LEASE = "  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i OFFSET 0)\n"
+NO_READY = "  AND NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i OFFSET 0)\n"
+NO_SCHEDULED = "  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i OFFSET 0)\n"
+STARTED = "AND NOT EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = j.id OFFSET 0)"
 
 
 def held(connect: Connect, db: Connection) -> None:

@@ -9,7 +9,7 @@ import psycopg
 
 from .._model import JobStatus
 from .statements import plain_cursor, statement
-from .steering import Act, Changed, locking, tried
+from .steering import Act, Changed, locking, span, tried
 
 __all__ = ["deleting"]
 
@@ -42,9 +42,9 @@ DELETE FROM {schema}.scheduled WHERE id = ANY (%(ids)s::bigint[])
 # see it. So what is in none of them has ended, or has just lost its waiting row to us.
 GONE: Final = """
 SELECT i FROM unnest(%(ids)s::bigint[]) i
-WHERE NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i)
-  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i)
-  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i)
+WHERE NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i OFFSET 0)
+  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i OFFSET 0)
+  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i OFFSET 0)
   AND (i = ANY (%(waited)s::bigint[]) OR (
       SELECT x.status FROM {schema}.outcomes x WHERE x.job_id = i ORDER BY x.no DESC LIMIT 1
   ) = ANY (%(statuses)s::text[]))
@@ -67,14 +67,12 @@ WHERE k.queue = d.queue AND k.key = d.key
 
 DELETE_OUTCOMES: Final = """
 DELETE FROM {schema}.outcomes o
-USING (SELECT i FROM unnest(%(ids)s::bigint[]) i LIMIT cardinality(%(ids)s::bigint[])) d
-WHERE o.job_id = d.i
+WHERE o.job_id = ANY (%(ids)s::bigint[]) AND o.job_id >= %(least)s AND o.job_id <= %(most)s
 """
 
 DELETE_BODIES: Final = """
 DELETE FROM {schema}.jobs j
-USING (SELECT i FROM unnest(%(ids)s::bigint[]) i LIMIT cardinality(%(ids)s::bigint[])) d
-WHERE j.id = d.i
+WHERE j.id = ANY (%(ids)s::bigint[]) AND j.id >= %(least)s AND j.id <= %(most)s
 """
 
 
@@ -122,4 +120,4 @@ def _delete(cursor: psycopg.Cursor[Any], schema: str, ids: list[int], *, keyed: 
         parameters = {"queues": [row[0] for row in keys], "keys": [row[1] for row in keys]}
         cursor.execute(statement(DELETE_KEYS, schema), parameters)
     for template in (DELETE_OUTCOMES, DELETE_BODIES):
-        cursor.execute(statement(template, schema), {"ids": ids})
+        cursor.execute(statement(template, schema), span(ids))

@@ -13,7 +13,7 @@ from typing import Any, Final
 import psycopg
 
 from .statements import plain_cursor, statement
-from .steering import Act, Changed, locking
+from .steering import Act, Changed, locking, span
 
 __all__ = ["Changes", "editing"]
 
@@ -31,8 +31,8 @@ EDIT_BODY: Final = """
 UPDATE {schema}.jobs j
 SET priority = coalesce(%(priority)s, j.priority), max_attempts = coalesce(%(max_attempts)s, j.max_attempts),
     payload = coalesce(%(payload)s, j.payload), encoding = coalesce(%(encoding)s, j.encoding)
-FROM (SELECT i FROM unnest(%(ids)s::bigint[]) i LIMIT cardinality(%(ids)s::bigint[])) d
-WHERE j.id = d.i AND NOT EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = d.i)
+WHERE j.id = ANY (%(ids)s::bigint[]) AND j.id >= %(least)s AND j.id <= %(most)s
+  AND NOT EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = j.id OFFSET 0)
 RETURNING j.id
 """
 
@@ -72,7 +72,7 @@ def editing(changes: Changes) -> Act:
                 locked += [row[0] for row in found]
             if not locked:
                 return Changed()
-            parameters = asdict(changes) | {"ids": sorted(locked)}
+            parameters = asdict(changes) | span(locked)
             done = [row[0] for row in cursor.execute(statement(EDIT_BODY, schema), parameters)]
             cursor.execute(statement(EDIT_WAITING, schema), parameters | {"ids": sorted(done)})
         return Changed(frozenset(done))

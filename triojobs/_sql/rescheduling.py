@@ -10,7 +10,7 @@ import psycopg
 
 from .._model import JobStatus
 from .statements import plain_cursor, statement
-from .steering import Act, Changed, locking, tried
+from .steering import Act, Changed, locking, span, tried
 
 __all__ = ["rescheduling"]
 
@@ -63,8 +63,8 @@ SELECT id, queue FROM moved UNION ALL SELECT id, queue FROM kept
 # The body of a job that has started stays as it was when it started.
 BODY_RUN_AT: Final = """
 UPDATE {schema}.jobs j SET run_at = %(at)s
-FROM (SELECT i FROM unnest(%(ids)s::bigint[]) i LIMIT cardinality(%(ids)s::bigint[])) d
-WHERE j.id = d.i AND NOT EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = d.i)
+WHERE j.id = ANY (%(ids)s::bigint[]) AND j.id >= %(least)s AND j.id <= %(most)s
+  AND NOT EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = j.id OFFSET 0)
 """
 
 
@@ -82,7 +82,7 @@ def rescheduling(run_at: dt.datetime | None, delay: float | None, statuses: Coll
             rows = cursor.execute(statement(template, schema), parameters).fetchall()
             done = sorted(row[0] for row in rows)
             if done:
-                cursor.execute(statement(BODY_RUN_AT, schema), {"ids": done, "at": at})
+                cursor.execute(statement(BODY_RUN_AT, schema), span(done) | {"at": at})
         return Changed(frozenset(done), queues=frozenset(row[1] for row in rows))
 
     return act

@@ -21,7 +21,7 @@ __all__ = ["retrying"]
 
 # "Ended" is an absence, and an absence cannot be locked: the bodies' locks keep two operators apart,
 # and the second statement sees what the first of them did. OFFSET 0 keeps the look-ups one by one, in
-# the order of the ids.
+# the order of the ids, and whatever the tables were like when the plan was made.
 LOCK_BODIES: Final = """
 SELECT j.id, j.queue, j.key FROM unnest(%(ids)s::bigint[]) i
 CROSS JOIN LATERAL (
@@ -39,9 +39,9 @@ CROSS JOIN LATERAL (
     SELECT x.status FROM {schema}.outcomes x WHERE x.job_id = i ORDER BY x.no DESC LIMIT 1
 ) o
 WHERE o.status = ANY (%(statuses)s::text[])
-  AND NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i)
-  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i)
-  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i)
+  AND NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i OFFSET 0)
+  AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i OFFSET 0)
+  AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i OFFSET 0)
 ORDER BY i
 RETURNING id, queue
 """

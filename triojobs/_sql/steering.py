@@ -28,7 +28,7 @@ from .._model import JobStatus
 from .operate import ROUNDS
 from .statements import plain_cursor, statement
 
-__all__ = ["Act", "Changed", "State", "insist", "locking", "tried"]
+__all__ = ["Act", "Changed", "State", "insist", "locking", "span", "tried"]
 
 STATE: Final = """
 SELECT v.status, EXISTS (SELECT FROM {schema}.outcomes o WHERE o.job_id = v.id)
@@ -69,6 +69,15 @@ class State:
 def locking(template: LiteralString, *, wait: bool) -> LiteralString:
     """Return a statement that waits for locked rows, or the one that passes over them."""
     return template.replace(" SKIP LOCKED", "") if wait else template
+
+
+def span(ids: Collection[int]) -> dict[str, Any]:
+    """Return the parameters of a change of bodies or outcomes by their ids: `ids`, `least`, `most`.
+
+    The bounds leave out partitions; an array alone is looked for in each of them. A join would be one
+    with whole partitions where the plan was made while they were small.
+    """
+    return {"ids": sorted(ids), "least": min(ids, default=0), "most": max(ids, default=0)}
 
 
 def tried(statuses: Collection[JobStatus]) -> list[bool]:
