@@ -171,6 +171,32 @@ async def test_a_lot_of_jobs_is_cancelled_retried_and_deleted(
     assert (count(db, "jobs"), count(db, "leases"), count(db, "ready")) == (1000, 1000, 0)
 
 
+@pytest.mark.parametrize("act", ACTS)
+def test_in_the_callers_transaction_an_act_on_a_filter_comes_with_its_commit(
+    db: Connection, group: Group, connect: Any, act: str
+) -> None:
+    jobs = every_status(db, group)
+    before = places(db, jobs)
+    which, options, moves = ACTS[act]
+    conn = connect()
+
+    def work() -> BulkResult:
+        told: list[BulkResult] = []
+        result: BulkResult = getattr(triojobs.admin_on(conn), act)(
+            which, batch=2, progress=told.append, **options
+        )
+        assert told[-1] == result
+        return result
+
+    with conn.transaction(force_rollback=True):
+        assert work() == BulkResult(TOUCHED[act], 0)
+    assert places(db, jobs) == before
+    with conn.transaction():
+        assert work() == BulkResult(TOUCHED[act], 0)
+        assert places(db, jobs) == before
+    assert places(db, jobs) == before | moves
+
+
 # What stands in the way.
 
 
