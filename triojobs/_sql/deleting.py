@@ -48,6 +48,8 @@ WHERE NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i OFFSET 0)
   AND (i = ANY (%(waited)s::bigint[]) OR (
       SELECT x.status FROM {schema}.outcomes x WHERE x.job_id = i ORDER BY x.no DESC LIMIT 1
   ) = ANY (%(statuses)s::text[]))
+  AND (%(latest)s::bigint IS NULL OR NOT EXISTS (
+      SELECT FROM {schema}.outcomes x WHERE x.job_id = i AND x.no > %(latest)s OFFSET 0))
 """
 
 # A key that somebody is taking over is left to him; one whose job is gone holds nobody up.
@@ -76,8 +78,8 @@ WHERE j.id = ANY (%(ids)s::bigint[]) AND j.id >= %(least)s AND j.id <= %(most)s
 """
 
 
-def deleting(statuses: Collection[JobStatus]) -> Act:
-    """Return the act that deletes jobs of these statuses."""
+def deleting(statuses: Collection[JobStatus], *, latest: int | None = None) -> Act:
+    """Return the act that deletes jobs of these statuses, and without an outcome after number `latest`."""
 
     def act(conn: psycopg.Connection[Any], schema: str, ids: Sequence[int], /, *, wait: bool) -> Changed:
         cursor = plain_cursor(conn)
@@ -93,7 +95,7 @@ def deleting(statuses: Collection[JobStatus]) -> Act:
             locked = [row[0] for row in bodies]
             waited = sorted(waiting.intersection(locked))
             cursor.execute(statement(DELETE_WAITING, schema), {"ids": waited})
-            gone = _gone(cursor, schema, locked, waited, statuses)
+            gone = _gone(cursor, schema, locked, waited, statuses, latest)
             _delete(cursor, schema, gone, keyed=any(row[1] for row in bodies))
         return Changed(frozenset(gone))
 
@@ -106,9 +108,10 @@ def _gone(
     locked: Sequence[int],
     waited: Sequence[int],
     statuses: Collection[JobStatus],
+    latest: int | None,
 ) -> list[int]:
     ended = [str(status) for status in statuses if status.ended]
-    parameters = {"ids": list(locked), "waited": list(waited), "statuses": ended}
+    parameters = {"ids": list(locked), "waited": list(waited), "statuses": ended, "latest": latest}
     return [row[0] for row in cursor.execute(statement(GONE, schema), parameters)]
 
 
