@@ -58,6 +58,8 @@ from ._outbox import try_enqueue_on as try_enqueue_on
 from ._queue import NewJob as NewJob
 from ._queue import Queue as Queue
 from ._queue import Worker as Worker
+from ._retention import Pruned as Pruned
+from ._retention import Retention as Retention
 from ._serve import serve as serve
 from ._sql.schema import migrate as migrate
 from ._sql.schema import verify_schema as verify_schema

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, TypeVar, overload
 
@@ -26,12 +27,12 @@ from ._admin_model import (
     Statistic,
 )
 from ._admin_steering import KEEP, Progress
-from ._admin_steps import Steps
-from ._admin_store import AdminStore, Step
+from ._admin_store import AdminStore, Step, Steps, drive
 from ._client import async_side
 from ._errors import OptionError, checked_seconds
 from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema
 from ._queue import Queue
+from ._retention import DEFAULT_RETENTION, Pruned, Retention
 
 __all__ = ["Admin", "open_admin"]
 
@@ -68,19 +69,7 @@ class Admin:
         return await self._store.run(step)
 
     async def _drive(self, given: Steps[T]) -> T:
-        try:
-            step = next(given)
-            while True:
-                try:
-                    answer = await self._run(step)
-                except Exception as exc:
-                    step = given.throw(exc)
-                else:
-                    step = given.send(answer)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        finally:
-            given.close()
+        return await drive(given, self._run)
 
     # Jobs.
 
@@ -304,6 +293,27 @@ class Admin:
         Old jobs are better left to retention, which drops whole partitions.
         """
         return await self._drive(steering.delete_many(which, steering.Batches(batch, progress, dry_run)))
+
+    @async_side(IN_TRIO)
+    async def prune(
+        self,
+        retention: Retention = DEFAULT_RETENTION,
+        *,
+        progress: Callable[[Pruned], object] | None = None,
+        dry_run: bool = False,
+    ) -> Pruned:
+        """Remove now what is older than `retention` says: jobs, their keys, and closed worker groups.
+
+        Worker groups do it by themselves, with the retention that they were opened with. Workers go on
+        meanwhile: no call holds a lock for longer than some milliseconds.
+
+        Args:
+            retention: how long to keep what; its `interval` means nothing here. progress: called with
+                the result so far after each part. dry_run: count ranges and jobs, and change nothing.
+
+        Cancellation: between calls of the database; what was removed is gone.
+        """
+        return await self._drive(steering.prune(retention, progress, dry_run))
 
     # Groups.
 

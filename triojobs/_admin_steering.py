@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from . import _pruning as pruning
 from ._admin_model import BulkResult, JobFilter
-from ._admin_steps import Steps, checked_filter, checked_flag
-from ._admin_store import Step
+from ._admin_steps import checked_filter, checked_flag
+from ._admin_store import Step, Steps
 from ._client import REASON_LIMIT, checked_job_id
 from ._errors import (
     DatabaseError,
@@ -28,6 +29,7 @@ from ._errors import (
 from ._model import ENDED, JobStatus
 from ._options import checked_count, checked_text, checked_time
 from ._queue import Queue
+from ._retention import Pruned, Retention
 from ._sql import operate, selecting
 from ._sql.cancelling import cancelling
 from ._sql.deleting import deleting
@@ -48,6 +50,7 @@ __all__ = [
     "delete_many",
     "edit",
     "edit_many",
+    "prune",
     "reschedule",
     "reschedule_many",
     "retry",
@@ -256,6 +259,16 @@ def _change_one(job_id: int, statuses: frozenset[JobStatus], act: Act, operation
         return bool((yield Step(f"{operation} job {job_id}", work, looks_again=True)))
     except (JobNotFoundError, DuplicateJobError):
         return False
+
+
+def prune(retention: object, progress: Callable[[Pruned], object] | None, dry_run: bool) -> Steps[Pruned]:
+    """Remove what is too old, at once."""
+    checked_flag("dry_run", dry_run)
+    if progress is not None and not callable(progress):
+        raise OptionError("progress", progress, "a function that takes a triojobs.Pruned")
+    if not isinstance(retention, Retention):
+        raise OptionError("retention", retention, "a triojobs.Retention")
+    return pruning.prune(retention, slack=0.0, dry_run=dry_run, progress=progress)
 
 
 # Arguments.

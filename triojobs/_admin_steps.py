@@ -10,9 +10,8 @@ from __future__ import annotations
 import datetime as dt
 import time
 import uuid
-from collections.abc import Generator
 from dataclasses import fields
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 from ._admin_model import (
     Explanation,
@@ -25,7 +24,7 @@ from ._admin_model import (
     QueueInfo,
     Statistic,
 )
-from ._admin_store import Step
+from ._admin_store import Step, Steps
 from ._client import REASON_LIMIT, checked_job_id, info_of
 from ._errors import JobNotFoundError, OptionError, checked_seconds
 from ._explanation import explained
@@ -38,7 +37,6 @@ from ._sql.effects import Effect
 from ._sql.selecting import Bounds, Search, Slice
 
 __all__ = [
-    "Steps",
     "drain",
     "explain",
     "groups",
@@ -52,7 +50,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Steps: TypeAlias = Generator[Step[Any], Any, T]
 
 PAGE_LIMIT: Final = 1000  # items of a page: as much as one statement returns in some milliseconds
 SEARCH_TIME: Final = 2.0  # seconds: a page that is not full by then is handed over as it is

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import psycopg
 import trio
@@ -26,7 +26,17 @@ from ._sql.schema import check_schema
 from ._sql.session import begin_transaction, prepare_session, refuse_undeclared_pooler
 from ._sql.statements import plain_cursor, statement
 
-__all__ = ["AdminStore", "CallersConnection", "Step", "SyncAdminStore", "prepare_admin_session"]
+__all__ = [
+    "AdminStore",
+    "CallersConnection",
+    "Step",
+    "Steps",
+    "SyncAdminStore",
+    "drive",
+    "drive_sync",
+    "perform",
+    "prepare_admin_session",
+]
 
 T = TypeVar("T")
 
@@ -49,6 +59,44 @@ class Step(Generic[T]):
     work: Callable[[psycopg.Connection[Any], str], Effect[T]]
     looks_again: bool = False
     after_commit: bool = False
+
+
+Steps: TypeAlias = Generator[Step[Any], Any, T]
+"""A method of several steps: it gets the answer of each step, or the error that it raised."""
+
+
+async def drive(given: Steps[T], run: Callable[[Step[Any]], Awaitable[Any]]) -> T:
+    """Do the steps one after another."""
+    try:
+        step = next(given)
+        while True:
+            try:
+                answer = await run(step)
+            except Exception as exc:
+                step = given.throw(exc)
+            else:
+                step = given.send(answer)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        given.close()
+
+
+def drive_sync(given: Steps[T], run: Callable[[Step[Any]], Any]) -> T:
+    """Do the steps one after another, in this thread."""
+    try:
+        step = next(given)
+        while True:
+            try:
+                answer = run(step)
+            except Exception as exc:
+                step = given.throw(exc)
+            else:
+                step = given.send(answer)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        given.close()
 
 
 def perform(call: Call, schema: str, step: Step[T]) -> T:
@@ -187,6 +235,15 @@ class CallersConnection:
             return
         with callers_transaction(self._conn, "steering"):
             yield
+
+    def check_own_transactions(self, operation: str) -> None:
+        """Raise TriojobsError where what we do would wait for the caller's COMMIT."""
+        if _is_in_transaction(self._conn):
+            raise TriojobsError(
+                "it takes locks that must not be kept until the caller's COMMIT",
+                operation=operation,
+                hint="use a connection in autocommit mode, outside of a transaction",
+            )
 
     def _check_isolation(self, operation: str) -> None:
         row = plain_cursor(self._conn).execute("SHOW transaction_isolation").fetchone()

@@ -42,6 +42,7 @@ from ._fetcher import Fetcher
 from ._flusher import Flusher
 from ._handling import Slots
 from ._heartbeat import hold_lease, watch_lease
+from ._keeper import keep_house
 from ._lease import Lease
 from ._logs import Log
 from ._model import (
@@ -265,6 +266,8 @@ class WorkerGroup:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_lease, live, self._store)
                 nursery.start_soon(compare_when_in_doubt, live, self._store, fetcher.look_anew)
+                if self._options.retention is not None:
+                    nursery.start_soon(keep_house, live, self._store, self._options.retention)
                 if self._options.notify:
                     nursery.start_soon(self._store.listen, live.group_id, queues, fetcher)
 

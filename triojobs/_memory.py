@@ -27,6 +27,7 @@ from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._logs import Log
+from ._memory_retention import prune
 from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
 from ._model import (
     Claim,
@@ -39,6 +40,7 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._retention import Pruned, Retention
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
 from ._wake import Wake
 
@@ -642,6 +644,11 @@ class MemoryStore:
     async def ended(self, ids: Sequence[int]) -> list[int]:
         return await self._call(
             "ended", self._client_line, lambda: [i for i in ids if not self._tables.alive(i)]
+        )
+
+    async def prune(self, retention: Retention) -> Pruned | None:
+        return await self._call(
+            "prune", self._client_line, lambda: prune(self._tables, retention, self.now())
         )
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:

@@ -9,10 +9,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ._errors import OptionError, checked_seconds
 from ._model import HardStop
+
+if TYPE_CHECKING:
+    from ._retention import Retention
 
 __all__ = [
     "DEFAULT_SCHEMA",
@@ -141,6 +144,8 @@ class GroupOptions:
         pooled: declare that conninfo leads to PgBouncer in transaction mode.
         job_connections: connections for Job.commit and transact; None: min(concurrency, 4).
         concurrency: cap of the sum of the workers' slots, shared fairly; None: no cap.
+        retention: how long ended jobs are kept, see `Retention`; None: this group does not prune. Whole
+            ranges are dropped by a role that owns the tables; without it jobs are deleted one by one.
         isolation: "slot" runs a worker's jobs one after another in N tasks (fast);
             "task" starts a task for each job.
     """
@@ -166,6 +171,7 @@ class GroupOptions:
     job_connections: int | None = None
     concurrency: int | None = None
     isolation: Literal["slot", "task"] = "slot"
+    retention: Retention | None = None
 
     def __post_init__(self) -> None:
         checked_name("name", self.name)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from ._errors import OptionError, checked_seconds
 from ._options import checked_name
 
-__all__ = ["Pruned", "Retention"]
+__all__ = ["DEFAULT_RETENTION", "Pruned", "Retention", "checked_retention"]
 
 DAY: Final = 86400.0
 STATUSES: Final = ("done", "killed", "cancelled")
@@ -58,12 +58,12 @@ class Retention:
     @property
     def least(self) -> float:
         """The shortest time of all: nothing younger has to be looked at."""
-        return min(getattr(rule, status) for rule in (self, *self.queues.values()) for status in STATUSES)
+        return min(float(getattr(r, status)) for r in (self, *self.queues.values()) for status in STATUSES)
 
     def longest(self, status: str | None = None) -> float:
         """Return the longest time of a status, or of all of them."""
         statuses = STATUSES if status is None else (status,)
-        return max(getattr(rule, each) for rule in (self, *self.queues.values()) for each in statuses)
+        return max(float(getattr(r, each)) for r in (self, *self.queues.values()) for each in statuses)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -78,6 +78,16 @@ class Retention:
             "rules": json.dumps(rules),
             "by_queue": bool(rules),
         }
+
+
+DEFAULT_RETENTION: Final = Retention()
+
+
+def checked_retention(value: object) -> Retention | None:
+    """Return a retention or None, else raise OptionError."""
+    if value is not None and not isinstance(value, Retention):
+        raise OptionError("retention", value, "a triojobs.Retention, or None to keep everything")
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

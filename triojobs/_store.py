@@ -30,6 +30,7 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._retention import Pruned, Retention
 
 __all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "CommitPort", "Compared", "ListenEvents", "Store"]
 
@@ -202,6 +203,12 @@ class Store(Protocol):
 
         Raises:
             StaleClaimError: the claim has ended; everything was rolled back.
+        """
+
+    async def prune(self, retention: Retention) -> Pruned | None:
+        """Remove what is older than this says, when it is time. None: it is not, or somebody else's turn.
+
+        Many short calls; cancellable between them.
         """
 
     async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:

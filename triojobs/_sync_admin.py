@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -24,13 +25,13 @@ from ._admin_model import (
     Statistic,
 )
 from ._admin_steering import KEEP, Progress
-from ._admin_steps import Steps
-from ._admin_store import CallersConnection, Step, SyncAdminStore
+from ._admin_store import CallersConnection, Step, Steps, SyncAdminStore, drive_sync
 from ._bridge import on_loop
 from ._client import wrong_side
 from ._errors import OptionError
 from ._options import DEFAULT_SCHEMA, checked_schema
 from ._queue import Queue
+from ._retention import DEFAULT_RETENTION, Pruned, Retention
 from ._sync_store import is_connection
 
 if TYPE_CHECKING:
@@ -97,19 +98,7 @@ class SyncAdmin:
         return self._store.run(step)
 
     def _drive(self, given: Steps[T]) -> T:
-        try:
-            step = next(given)
-            while True:
-                try:
-                    answer = self._run(step)
-                except Exception as exc:
-                    step = given.throw(exc)
-                else:
-                    step = given.send(answer)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        finally:
-            given.close()
+        return drive_sync(given, self._run)
 
     # Jobs.
 
@@ -246,6 +235,16 @@ class SyncAdmin:
         """Delete the jobs that match and do not run. See `Admin.delete_many`."""
         return self._drive(steering.delete_many(which, steering.Batches(batch, progress, dry_run)))
 
+    def prune(
+        self,
+        retention: Retention = DEFAULT_RETENTION,
+        *,
+        progress: Callable[[Pruned], object] | None = None,
+        dry_run: bool = False,
+    ) -> Pruned:
+        """Remove now what is older than `retention` says. See `Admin.prune`."""
+        return self._drive(steering.prune(retention, progress, dry_run))
+
     # Groups.
 
     def groups(self, *, closed: bool = False, limit: int = 100, after: str | None = None) -> Page[GroupInfo]:
@@ -296,6 +295,17 @@ class AdminOnConnection(SyncAdmin):
 
     def _run(self, step: Step[T]) -> T:
         return self._connection.run(step)
+
+    def prune(
+        self,
+        retention: Retention = DEFAULT_RETENTION,
+        *,
+        progress: Callable[[Pruned], object] | None = None,
+        dry_run: bool = False,
+    ) -> Pruned:
+        """Remove what is older than `retention` says; in autocommit mode, outside of a transaction, only."""
+        self._connection.check_own_transactions("pruning")
+        return super().prune(retention, progress=progress, dry_run=dry_run)
 
     def _drive(self, given: Steps[T]) -> T:
         with self._connection.one_call():

@@ -244,6 +244,7 @@ def clean(conninfo: str) -> None:
         "witnesses",
         "paused_queues",
         "drains",
+        "chores",
     )
     with psycopg.connect(conninfo) as conn:
         for table in tables:

@@ -34,7 +34,8 @@ __all__ = [
 ]
 
 WIDTH: Final = 1_000_000  # ids in a range: `add_partitions` in the migrations
-LOCK_TIMEOUT: Final = "100ms"  # what comes later than our request for the lock waits behind it for so long
+# What comes later than our request for the lock waits behind it for so long.
+LIMIT_LOCK: Final = "SET LOCAL lock_timeout = '100ms'"
 FIRST_KEY: Final = ("", "")  # before all: a queue has a name
 
 TAKE_TURN: Final = """
@@ -204,7 +205,7 @@ def drop_range(
     Raises psycopg's LockNotAvailable when somebody reads or writes the tables for too long.
     """
     with conn.transaction():
-        conn.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+        conn.execute(LIMIT_LOCK)
         parameters = {"n": n, "kept": sorted(kept), "seen": seen, "most": most}
         row = plain_cursor(conn).execute(statement(DROP_RANGE, schema), parameters).fetchone()
     assert row is not None
