@@ -104,7 +104,7 @@ async def on_the_loop(jobs: int) -> dict[str, float]:
     live = LiveRegistration(record, Lease(duration=30.0, margin=5.0, interval=6.0))
     worker = triojobs.Worker(QUEUE, handler, concurrency=SLOTS)
     store: Any = None  # nothing here commits
-    slots = Slots(worker, live, store, busy_ids=_nobody(), on_free=lambda: None)
+    slots = Slots(worker, live, store, busy_ids=set(), on_free=lambda: None)
     rest = (1, 5, 0, 0.0, 0.0, data, b"cbor", None, None, None, None, None, None)
     claims = [Claim(n, 1, record.group_id, QUEUE.name, *rest) for n in range(jobs)]
     async with trio.open_nursery() as nursery:
@@ -147,12 +147,6 @@ def _run(coroutine: Any) -> None:
     except StopIteration:
         return
     raise AssertionError("this handler does not wait")
-
-
-def _nobody() -> Any:
-    from collections import Counter
-
-    return Counter()
 
 
 def once(server: Server, jobs: int) -> dict[str, float]:

@@ -191,6 +191,9 @@ BEGIN
             THEN format('payload is %s bytes, but must be at most 1048576', octet_length(body))
         WHEN enqueue.run_at IS NULL OR NOT isfinite(enqueue.run_at)
             THEN format('run_at is %L, but must be a finite time', enqueue.run_at)
+        -- Beyond these years the time does not fit a datetime of Python in every session's time zone.
+        WHEN enqueue.run_at < '1900-01-01 00:00:00+00' OR enqueue.run_at >= '9000-01-01 00:00:00+00'
+            THEN format('run_at is %L, but must be in the years 1900 to 8999', enqueue.run_at)
         WHEN enqueue.priority IS NULL OR enqueue.priority < 0
             THEN format('priority is %L, but must be 0 to 2147483647', enqueue.priority)
         WHEN enqueue.max_attempts IS NULL OR enqueue.max_attempts < 1

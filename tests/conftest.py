@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from psycopg import conninfo as conninfos
 from psycopg import sql
 
+from tests.tools.shots import hear_ctrl_c
 from triojobs._embedded_cluster import Cluster, running_cluster
 from triojobs._sql.schema import migrate
 
@@ -33,7 +36,23 @@ SETTINGS = {
 }
 # A database is 300 small files. In memory a copy takes 15 ms each time; on ext4 it took 20 to 250 ms.
 MEMORY = Path("/dev/shm")
+PATIENCE = 10.0  # seconds
 MEMORY_NEEDED = 2 * 1024**3  # bytes free; a container often has 64 MB there: then the disk it is
+
+
+def pytest_configure() -> None:
+    hear_ctrl_c()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Fail the test after which a thread of ours still runs; the threads of calls that were broken off may end late."""
+    before = set(threading.enumerate())
+    yield
+    give_up_at = time.monotonic() + PATIENCE
+    while left := [t for t in set(threading.enumerate()) - before if t.name.startswith("triojobs")]:
+        left[0].join(max(0.0, give_up_at - time.monotonic()))
+        assert time.monotonic() < give_up_at, f"threads {left} still run"
 
 
 @pytest.fixture(scope="session")

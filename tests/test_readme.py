@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -16,6 +17,9 @@ import pytest
 import trio
 
 import triojobs
+from tests.faults.rig import SHORT
+from tests.faults.test_rows import ROWS
+from triojobs._options import HARD_STOP_AFTER, GroupOptions
 
 README = Path(__file__).parents[1] / "README.rst"
 TEXT = README.read_text()
@@ -130,3 +134,39 @@ def test_the_enqueue_keywords_are_all_there() -> None:
 def test_every_error_is_named() -> None:
     errors = [n for n in vars(triojobs) if n.endswith("Error")]
     assert [name for name in errors if name not in TEXT] == []
+
+
+FAULTS = TEXT.partition("\nWhat happens when…\n")[2].partition("\nThe schema\n")[0]
+
+
+def faults() -> list[list[str]]:
+    """The cells of the table of faults, without its heading."""
+    table = FAULTS.partition("   * - fault\n")[2].partition("\n\n")[0]
+    _, *found = table.split("\n   * - ")
+    return [[" ".join(cell.split()) for cell in re.split(r"\n     -(?= |\n|$)", each)] for each in found]
+
+
+def test_every_fault_that_has_a_test_is_told_and_every_one_that_is_told_has_a_test() -> None:
+    told: set[str] = set()
+    for fault, *_ in faults():
+        for numbers in re.findall(r"\(([^)]*)\)", fault):
+            for first, last in re.findall(r"(\d+[a-d]?)(?:–(\d+))?", numbers):
+                told |= {str(n) for n in range(int(first), int(last) + 1)} if last else {first}
+    assert told == set(ROWS)
+
+
+def test_the_bounds_of_faults_follow_from_the_settings() -> None:
+    values = {f.name: getattr(GroupOptions(name="x"), f.name) for f in fields(GroupOptions)}
+    values["hard_stop_after"] = HARD_STOP_AFTER
+    bounds = [cells for cells in faults() if any(cells[2:])]
+    assert len(bounds) > 15
+    for fault, _, rule, default, measured in bounds:
+        (expression,) = re.findall(r"``(.*)``", rule)
+        assert f"{eval(expression, {'min': min}, values):g}" == default, fault
+        seconds, most = re.match(r"([\d.]+) of ([\d.]+) s", measured).groups()  # type: ignore[union-attr]
+        assert float(seconds) <= float(most), fault
+
+
+def test_the_settings_of_the_fault_tests_are_told() -> None:
+    told = dict(re.findall(r"``(\w+)``\s+([\d.]+)(?=,|\s+and|\s)", FAULTS.partition(".. list-table")[0]))
+    assert {name: float(seconds) for name, seconds in told.items()} == SHORT

@@ -20,9 +20,10 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import outcome
 import psycopg
@@ -30,8 +31,9 @@ import trio
 
 from ._errors import DatabaseError, TriojobsError
 from ._logs import Log
-from ._sql import failures
-from ._sql.failures import Remedy, remedy, translate
+from ._sql.connecting import connect_in_time
+from ._sql.exchange import Ready
+from ._sql.failures import READ_ONLY, Remedy, remedy, translate
 from ._sql.hosts import Hosts
 
 __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop", "run_in_thread"]
@@ -39,9 +41,6 @@ __all__ = ["Breaker", "BrokenOff", "Call", "Line", "check_cancelled", "on_loop",
 T = TypeVar("T")
 log = Log("triojobs.bridge")
 
-CONNECT_LEAST: Final = (
-    1.0  # seconds to a deadline that are worth a connect; libpq may take two, so one too many
-)
 CANCEL_WAIT: Final = 1.0  # seconds that the server gets to obey a cancel before the socket is shut
 RETRIES: Final = 5  # repetitions after a deadlock, a serialization failure or a lock timeout
 RESTORE_TIME: Final = 1.0  # seconds for a statement of 60 µs
@@ -96,7 +95,8 @@ class Call:
     """One blocking call in flight, as the breaker sees it.
 
     `guarded` is False while the user's own work runs: only a cancel of the job breaks that. `unwanted`
-    remembers a cancel that came while it was guarded. No extension goes beyond `latest`.
+    remembers a cancel that came while it was guarded. At `end` its socket is shut; no extension of the
+    deadline, at which the server is asked to cancel, goes beyond `latest`, which is before.
     """
 
     def __init__(
@@ -104,12 +104,15 @@ class Call:
         conn: psycopg.Connection[Any],
         deadline: float,
         timeout: float,
-        latest: float = float("inf"),
+        end: float = float("inf"),
+        *,
+        on_loop: bool = False,
     ) -> None:
         self.conn = conn
+        self.on_loop = on_loop
         self.deadline = deadline
         self.timeout = timeout
-        self.latest = latest
+        self.end = self.latest = float("inf")
         self.guarded = True
         self.unwanted = False
         self.breaking = False
@@ -118,6 +121,17 @@ class Call:
         self.lock = threading.Lock()
         self._on_commit: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[psycopg.Connection[Any]], None]] = []
+        self.hurry(end)
+
+    def hurry(self, end: float) -> None:
+        """Have it end by `end`, whatever the server does."""
+        now = clock()
+        self.end = min(self.end, end)
+        self.latest = min(self.latest, now + _usable(end - now))
+        if self.breaking:
+            self.deadline = min(self.deadline, self.end)
+        elif self.guarded:
+            self.deadline = min(self.deadline, self.latest)
 
     def extend(self) -> None:
         """Give the next statement of a long call a deadline of its own."""
@@ -174,6 +188,11 @@ class Call:
         self._on_commit.clear()
         self._afterwards.clear()
 
+    def has_answer(self) -> bool:
+        """Whether an answer waits for a loop that is busy with something else: the server is not to blame."""
+        with self.lock:
+            return self.on_loop and not self.done and _readable(self.conn.fileno())
+
     def cancel_on_server(self) -> None:
         """Ask the server to cancel the statement; runs in a thread of its own."""
         with contextlib.suppress(psycopg.Error, OSError):
@@ -200,12 +219,14 @@ class Breaker:
         self._wakes_at = float("inf")
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.end = float("inf")  # of every call, see hurry
 
     @contextlib.contextmanager
     def watch(self, call: Call) -> Iterator[None]:
         """Watch `call` while the block runs."""
         with self._changed:
             self._calls.add(call)
+            call.hurry(self.end)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="triojobs-breaker", daemon=True)
                 self._thread.start()
@@ -229,13 +250,11 @@ class Breaker:
                 self._changed.notify()
 
     def hurry(self, deadline: float) -> None:
-        """Have calls in flight end by `deadline`."""
+        """Have calls end by `deadline`: those in flight, and those that begin before it is changed again."""
         with self._changed:
-            now = clock()
+            self.end = deadline
             for call in self._calls:
-                call.latest = min(call.latest, now + _usable(deadline - now))
-                if call.guarded and not call.breaking:
-                    call.deadline = min(call.deadline, call.latest)
+                call.hurry(deadline)
             self._changed.notify()
 
     def close(self) -> None:
@@ -259,12 +278,15 @@ class Breaker:
                 self._changed.wait(wait)
 
     def _break(self, call: Call, now: float) -> None:
+        if call.has_answer():
+            call.deadline = now + CANCEL_WAIT
+            return
         if call.breaking:
             call.deadline = float("inf")
             call.shut_down()
             return
         call.breaking = True
-        call.deadline = now + CANCEL_WAIT
+        call.deadline = min(now + CANCEL_WAIT, call.end)
         if call.unwanted:
             log.debug("the work of a cancelled job is broken off", extra={"event": "work_broken_off"})
         else:
@@ -282,6 +304,32 @@ def _readable(fd: int) -> bool:
 def _usable(seconds: float) -> float:
     """Return when to start breaking off what must have ended after `seconds`."""
     return max(seconds - CANCEL_WAIT, seconds / 2, 0.0)
+
+
+def drive_here(generator: Generator[Ready, None, T], fd: int) -> T:
+    """Run a generator of `_sql.exchange` in this thread."""
+    poll = select.poll()
+    while True:
+        try:
+            ready = next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        poll.register(fd, select.POLLIN if ready is Ready.READABLE else select.POLLOUT)
+        poll.poll()
+
+
+async def _drive(generator: Generator[Ready, None, T], fd: int) -> T:
+    while True:
+        try:
+            ready = next(generator)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if ready is Ready.READABLE:
+            await trio.lowlevel.wait_readable(fd)
+        else:
+            await trio.lowlevel.wait_writable(fd)
 
 
 class Line:
@@ -323,6 +371,7 @@ class Line:
         self._begin = begin
         self._limiter = trio.CapacityLimiter(size)
         self._idle: list[psycopg.Connection[Any]] = []
+        self._eras: WeakKeyDictionary[psycopg.Connection[Any], int] = WeakKeyDictionary()  # see Hosts
         self._closed = False
         self._pid = os.getpid()
 
@@ -356,6 +405,48 @@ class Line:
                 raise translate(exc, operation=operation) from exc
 
         return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
+
+    async def exchange(
+        self, operation: str, start: Callable[[psycopg.Connection[Any]], Generator[Ready, None, T] | None]
+    ) -> T | None:
+        """Run a generator of `_sql.exchange` on the loop, without a thread; bounded like every call.
+
+        A thread costs two switches, more than the statement itself: worth it for what is long or rare.
+        Nothing here blocks: the connection is at hand, and the generator says when it must wait.
+
+        Returns None, and has done nothing, when there is no idle connection, or `start` returns None.
+
+        Cancellation: shielded; the breaker ends it.
+        """
+        if self._pooled or not self._idle:
+            return None
+        self.check_owner(operation)
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(place := object())
+        except trio.WouldBlock:
+            return None
+        conn = self._take_idle()
+        try:
+            generator = None if conn is None else start(conn)
+            if conn is None or generator is None:
+                return None
+            call = Call(conn, clock() + self._call_timeout, self._call_timeout, on_loop=True)
+            try:
+                with trio.CancelScope(shield=True), self._breaker.watch(call):
+                    result = await _drive(generator, conn.fileno())
+                return result
+            except psycopg.Error as exc:
+                raise translate(exc, operation=operation) from exc
+            finally:
+                if call.breaking:  # the cancel that was sent is still on its way
+                    conn.close()
+        finally:
+            if conn is not None:
+                if self._reusable(conn):
+                    self._idle.append(conn)
+                else:
+                    conn.close()
+            self._limiter.release_on_behalf_of(place)
 
     async def take_out(
         self, operation: str, fn: Callable[[psycopg.Connection[Any]], None]
@@ -431,19 +522,16 @@ class Line:
         reached(operation, "enter")
         self.check_owner(operation)
         now = clock()
-        left = float("inf") if deadline is None else deadline - now
-        latest = now + _usable(left)
-        limit = min(now + self._call_timeout, latest)
-        conn = self._take_idle() if left > 0 else None
-        if conn is None:
-            if left < CONNECT_LEAST:
-                raise DatabaseError("there is no time left", operation=operation, transient=True)
-            conn = self._open(operation, limit)
+        end = min(float("inf") if deadline is None else deadline, self._breaker.end)
+        if end <= now:
+            raise DatabaseError("there is no time left", operation=operation, transient=True)
+        limit = min(now + self._call_timeout, now + _usable(end - now))
+        conn = self._take_idle() or self._open(operation, limit, end)
         reached(operation, "connected")
         if self._pooled and not own_transaction:
             fn = partial(self._in_transaction, fn=fn)
         try:
-            return self._attempts(operation, fn, conn, limit, latest, retries)
+            return self._attempts(operation, fn, conn, limit, end, retries)
         finally:
             if self._reusable(conn):
                 self._idle.append(conn)
@@ -479,11 +567,11 @@ class Line:
         fn: Callable[[Call], T],
         conn: psycopg.Connection[Any],
         limit: float,
-        latest: float,
+        end: float,
         retries: int,
     ) -> T:
         for attempt in range(retries + 1):
-            call = Call(conn, limit, self._call_timeout, latest)
+            call = Call(conn, limit, self._call_timeout, end)
             try:
                 with self._breaker.watch(call):
                     result = fn(call)
@@ -495,6 +583,8 @@ class Line:
                 what_helps = remedy(exc)
                 if what_helps is Remedy.RECONNECT:
                     conn.close()
+                if exc.sqlstate == READ_ONLY:
+                    self._hosts.demoted()
                 pause = random.uniform(0.01, 0.1)
                 again = what_helps is Remedy.RETRY and attempt < retries and not call.breaking
                 if again and clock() + pause < limit:
@@ -513,7 +603,8 @@ class Line:
 
     def _reusable(self, conn: psycopg.Connection[Any]) -> bool:
         """Whether the next call may have this connection; restores it for that."""
-        if self._closed or conn.closed or conn.broken or conn.pgconn.transaction_status != IDLE:
+        at_rest = conn.pgconn.transaction_status == IDLE and not conn.pgconn.pipeline_status
+        if self._closed or conn.closed or conn.broken or not at_rest:
             return False
         if self._restore is None or self._pooled:
             return True
@@ -536,15 +627,15 @@ class Line:
         while self._idle:
             conn = self._idle.pop()
             # A server that said goodbye while we were idle has left something to read.
-            if not conn.closed and not _readable(conn.fileno()):
+            if not conn.closed and self._eras[conn] == self._hosts.era and not _readable(conn.fileno()):
                 return conn
             conn.close()
         return None
 
-    def _open(self, operation: str, limit: float) -> psycopg.Connection[Any]:
+    def _open(self, operation: str, limit: float, end: float) -> psycopg.Connection[Any]:
         conn = self._connect(operation, limit)
         try:
-            with self._breaker.watch(Call(conn, limit, self._call_timeout)):
+            with self._breaker.watch(Call(conn, limit, self._call_timeout, end)):
                 self._prepare(conn)
         except BaseException as exc:
             conn.close()
@@ -556,18 +647,17 @@ class Line:
         return conn
 
     def _connect(self, operation: str, limit: float) -> psycopg.Connection[Any]:
-        """Open an autocommit connection pinned to READ COMMITTED, by about `limit`."""
-        overrides, defaults = self._hosts.choose(limit - clock())
-        conn = failures.connect(
+        """Open an autocommit connection pinned to READ COMMITTED, by `limit` or when all must end."""
+        era = self._hosts.era
+        conn = connect_in_time(
             self._conninfo,
+            self._hosts,
+            lambda: min(limit, self._breaker.end) - clock(),
             operation=operation,
-            application_name=f"triojobs {self.role}",
-            prepare_threshold=None if self._pooled else PREPARE_THRESHOLD,
-            overrides=overrides,
-            **defaults,
-            **KEEPALIVE,
+            defaults={"application_name": f"triojobs {self.role}", **KEEPALIVE},
         )
-        self._hosts.answered(conn)
+        self._eras[conn] = era
+        conn.prepare_threshold = None if self._pooled else PREPARE_THRESHOLD
         conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return conn
 

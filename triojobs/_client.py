@@ -38,7 +38,7 @@ from ._flusher import Flusher
 from ._logs import Log
 from ._model import Enqueued, JobInfo, JobStatus, KeyUntil, NewRow, OnConflict, RawJob
 from ._options import checked_count, checked_text
-from ._queue import NewJob, Queue, new_row
+from ._queue import NewJob, Queue, new_row, plain_row
 from ._store import Store
 
 __all__ = ["IN_TRIO", "Client", "async_side", "info_of", "on_loop", "wrong_side"]
@@ -52,6 +52,7 @@ log = Log("triojobs.client")
 
 ENCODED_AT_ONCE: Final = 500  # payloads between two checkpoints of a large call: about a millisecond
 FIRST_LOOK: Final = 0.02  # seconds before a waiter looks again; grows while nothing ends
+READ_AT_ONCE: Final = 50  # ended jobs; each may carry a payload and a result of a megabyte
 LAST_LOOK: Final = 1.0  # seconds; the price of not being told: at most this much later
 REASON_LIMIT: Final = 8 * 1024
 
@@ -400,16 +401,16 @@ class Client:
             self._check_open()
             try:
                 ended = await self._store.ended(list(waiting))
-                raws = await self._store.read_jobs(ended) if ended else []
+                for first in range(0, len(ended), READ_AT_ONCE):
+                    batch = ended[first : first + READ_AT_ONCE]
+                    for raw in completed(batch, await self._store.read_jobs(batch)):
+                        del waiting[raw.id]
+                        look = FIRST_LOOK
+                        yield raw
             except DatabaseError as exc:
                 if not exc.transient:
                     raise
                 log.warning("%s", exc, extra={"event": "wait_failed"})
-                ended, raws = [], []
-            for raw in completed(ended, raws):
-                del waiting[raw.id]
-                look = FIRST_LOOK
-                yield raw
             if waiting:
                 await trio.sleep(look)
                 look = min(LAST_LOOK, look * 1.5)
@@ -442,7 +443,9 @@ def rows_of(queue: Queue[Any, Any], items: Iterable[Any]) -> list[NewRow]:
 def row_of(queue: Queue[Any, Any], item: Any, index: int) -> NewRow:
     """Validate and encode one item of a call; errors name it."""
     try:
-        return new_row(queue, item if isinstance(item, NewJob) else NewJob(item))
+        if isinstance(queue, Queue) and not isinstance(item, NewJob):
+            return plain_row(queue, item)
+        return new_row(queue, item)
     except OptionError as exc:
         exc.add_note(f"item {index} of the call")
         raise

@@ -6,17 +6,20 @@ Each row says its encoding, so a queue may change its codec while old jobs wait.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import decimal
 import functools
 import io
+import typing
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol, runtime_checkable
 
 import cbor2
 import msgspec
+import msgspec.inspect
 
 from ._errors import CodecError, OptionError, cut
 
@@ -26,6 +29,7 @@ __all__ = [
     "EncodeError",
     "JsonCodec",
     "PydanticCodec",
+    "check_type",
     "decode",
     "decode_plain",
     "encode",
@@ -87,6 +91,8 @@ class CborCodec:
 
     def convert(self, plain: Any, type: Any) -> Any:
         """Return plain values as `type`, strictly."""
+        if type is Any:  # msgspec would return the same object, a microsecond later
+            return plain
         return msgspec.convert(plain, type, strict=True, builtin_types=CBOR_NATIVE)
 
 
@@ -116,11 +122,14 @@ class JsonCodec:
 
     def convert(self, plain: Any, type: Any) -> Any:
         """Return plain values as `type`, strictly."""
+        if type is Any:
+            return plain
         return msgspec.convert(plain, type, strict=True, str_keys=True)
 
 
 CBOR: Final = CborCodec()
 JSON: Final = JsonCodec()
+OURS: Final = (CborCodec, JsonCodec)  # not what a user has derived from them
 BY_NAME: Final[Mapping[str, CborCodec | JsonCodec]] = {"cbor": CBOR, "json": JSON}
 
 
@@ -168,14 +177,17 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
     Raises:
         EncodeError: names `field`, the value and what is allowed.
     """
-    if _is_record(type) and not isinstance(value, type):
+    if type is not Any and _is_record(type) and not isinstance(value, type):
         raise EncodeError(field, value, f"an instance of {_name(type)}")
     try:
         data = codec.encode(value)
         if not isinstance(data, bytes):
             raise TypeError(f"{codec.name}.encode returned {data.__class__.__name__}, not bytes")
         if len(data) <= limit:
-            lost = _lost(data, codec.decode(data, type), codec)
+            typed = codec.decode(data, type)
+            # Plain values have no type that could drop anything, nor have flat records.
+            whole = codec.__class__ in OURS and (type is Any or (value.__class__ is type and _is_flat(type)))
+            lost = None if whole else _lost(data, typed, codec)
     except Exception as exc:
         raise EncodeError(
             field, value, f"a value of {_name(type)} that {codec.name} can encode ({cut(exc)})"
@@ -233,6 +245,60 @@ def decode_plain(data: bytes | None, encoding: str | None) -> Any:
     return BY_NAME[encoding].plain(data)
 
 
+def check_type(field: str, type: Any, codec: Codec) -> None:
+    """Raise OptionError for a type that no value could ever be sent as. Knows our own two codecs only.
+
+    A name that is not defined yet is no error: a module may declare its queues above its classes.
+    """
+    if type is Any or codec.__class__ not in OURS:
+        return
+    try:
+        with contextlib.suppress(msgspec.ValidationError):
+            codec.decode(codec.encode(None), type)
+        unknown = _unknown_class(msgspec.inspect.type_info(type), set())
+    except NameError:
+        return
+    except Exception as exc:
+        raise OptionError(field, type, f"a type that msgspec can convert ({cut(exc)})") from exc
+    if unknown is not None:
+        limit = (
+            f"a type that msgspec can convert ({_name(unknown)} is none, and {codec.name} cannot carry it)"
+        )
+        raise OptionError(field, type, limit)
+
+
+PLAIN: Final[tuple[Any, ...]] = (
+    None,
+    True,
+    1,
+    1.0,
+    "",
+    b"",
+    [],
+    {},
+    dt.datetime.now(dt.UTC),
+    uuid.uuid4(),
+    decimal.Decimal(),
+)
+
+
+def _unknown_class(node: Any, seen: set[int]) -> Any:
+    """Return a class in a tree of msgspec's descriptions that no plain value is an instance of, or None."""
+    if id(node) in seen:
+        return None
+    seen.add(id(node))
+    if isinstance(node, msgspec.inspect.CustomType):
+        cls = typing.get_origin(node.cls) or node.cls
+        return None if any(isinstance(value, cls) for value in PLAIN) else node.cls
+    if isinstance(node, msgspec.Struct):
+        parts: Iterable[Any] = msgspec.structs.astuple(node)
+    else:
+        parts = node if isinstance(node, tuple) else ()
+    return next(
+        (found for found in (_unknown_class(part, seen) for part in parts) if found is not None), None
+    )
+
+
 def _is_record(type: Any) -> bool:
     """Whether `type` is a class whose instances msgspec would take apart into fields."""
     return isinstance(type, CLASS) and (
@@ -241,6 +307,26 @@ def _is_record(type: Any) -> bool:
         or hasattr(type, "__attrs_attrs__")
         or (issubclass(type, tuple) and hasattr(type, "_fields"))
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_flat(type: Any) -> bool:
+    """Whether a record of exactly this class holds scalars only, none of which can bring a subclass's fields."""
+    try:
+        fields = msgspec.inspect.type_info(type).fields  # type: ignore[attr-defined]
+    except Exception:  # no record, or one that msgspec does not know
+        return False
+    return all(isinstance(field.type, SCALARS) for field in fields)
+
+
+SCALARS: Final = (
+    msgspec.inspect.BoolType,
+    msgspec.inspect.BytesType,
+    msgspec.inspect.FloatType,
+    msgspec.inspect.IntType,
+    msgspec.inspect.NoneType,
+    msgspec.inspect.StrType,
+)
 
 
 def _name(type: Any) -> str:

@@ -72,6 +72,7 @@ async def _compare(live: LiveRegistration, store: Store) -> bool:
         return False
     live.epoch = found.epoch
     live.unknown_claim = live.in_doubt.value = False
+    live.ledger.gave_back(found.released)
     for job_id, claim_no in lost:
         live.on_cancel_request(CancelRequest(job_id, claim_no, LOST))
     log.log(

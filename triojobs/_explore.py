@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,12 +25,13 @@ from ._job import Job
 from ._memory import MemoryDatabase, MemoryStore
 from ._model import JobInfo, JobStatus
 from ._options import GroupOptions, checked_count
-from ._queue import NewJob, Worker, new_row
+from ._queue import NewJob, Queue, Worker, new_row
 
 __all__ = ["Exploration", "ExplorationError", "Explored", "explore"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
+Handler = Callable[[Job[PayloadT]], Awaitable[ResultT]]
 
 STEPS: Final = 20_000  # task steps in which a job must have ended; one call of a handler takes some fifty
 # Nothing but the job makes steps: no polls and no beats while it waits for its next attempt.
@@ -95,8 +96,20 @@ class ExplorationError(AssertionError):
         super().__init__(f"{what} ({where}, seed {seed}); repeat it with explore(…, only=({seed}, {k}))")
 
 
+def as_worker(
+    given: Worker[PayloadT, ResultT] | Handler[PayloadT, ResultT], payload: PayloadT
+) -> Worker[PayloadT, ResultT]:
+    """Return the worker, or one of a made-up queue for a handler alone."""
+    if isinstance(given, Worker):
+        return given
+    if not callable(given):
+        raise OptionError("worker", given, "a triojobs.Worker, or a handler")
+    queue: Queue[PayloadT, ResultT] = Queue("handler", type(payload))
+    return Worker(queue, given)
+
+
 def explore(
-    worker: Worker[PayloadT, ResultT],
+    worker: Worker[PayloadT, ResultT] | Handler[PayloadT, ResultT],
     payload: PayloadT,
     *,
     check: Callable[[Explored[ResultT]], object] | None = None,
@@ -115,7 +128,8 @@ def explore(
     attempt; a handler that returned, or committed, is done and is not called again; the job ends.
 
     Args:
-        worker: its queue, handler, timeout and retry policy are used, one job at a time.
+        worker: its queue, handler, timeout and retry policy are used, one job at a time. A handler alone
+            gets a queue of the payload's class.
         payload: of the job. job_options: its options, as of `Client.enqueue`.
         check: called after each run; raises (AssertionError) when your own invariant does not hold, for
             instance that an e-mail was sent once.
@@ -135,8 +149,7 @@ def explore(
             operation="exploring",
             hint="it runs Trio itself, many times: call it from a synchronous test",
         )
-    if not isinstance(worker, Worker):
-        raise OptionError("worker", worker, "a triojobs.Worker")
+    worker = as_worker(worker, payload)
     new = NewJob(payload, **job_options)
     new_row(worker.queue, new)  # refused before the first run
     if only is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -22,6 +22,7 @@ from ._demand import Demand
 from ._errors import DatabaseError, SchemaError
 from ._handling import Slots
 from ._logs import Log
+from ._model import Claim
 from ._options import GroupOptions
 from ._registration import LiveRegistration
 from ._store import ClaimOrder, ClaimReply, Store
@@ -107,20 +108,36 @@ class Fetcher:
     async def _round(self) -> None:
         wants = await self._wait_for_demand()
         sent = trio.current_time()
-        reply = await self._claim(wants, sent)
+        try:
+            reply = await self._claim(wants, sent)
+        finally:
+            self._wake_slots()  # for those of the claim before
         if reply.refused:
             self._live.doubt()
             return
         # No await from here to the hand-over, and none needed: the ledger has owned the rows since
         # their commit.
         if not self._live.fetch_scope.cancel_called:
-            for claim in self._live.ledger.take_booked():
-                self._slots[claim.queue].hand_in([claim], sent)
+            self._lay_in(self._live.ledger.take_booked(), sent)
         await self._draw_conclusions(wants, reply)
+
+    def _lay_in(self, claims: Sequence[Claim], sent: float) -> None:
+        """Give claims to the slots. Whoever sleeps wakes when the next claim is under way, or is not made.
+
+        Handlers that run first would hold it up: it waits for the interpreter's lock, and the server
+        would stand idle.
+        """
+        for queue, slots in self._slots.items():
+            slots.lay_in([claim for claim in claims if claim.queue == queue], sent)
+
+    def _wake_slots(self) -> None:
+        for slots in self._slots.values():
+            slots.wake_some()
 
     async def _wait_for_demand(self) -> dict[str, int]:
         while True:
             if self._live.in_doubt.value:
+                self._wake_slots()
                 await self._live.in_doubt.wait_value(False)
             now = trio.current_time()
             if now >= min(self._poll_at, self._due_at):
@@ -129,6 +146,7 @@ class Fetcher:
             wants, again_at = self._demand.next_claim(free, now)
             if wants:
                 return wants
+            self._wake_slots()
             if any(free.values()):
                 again_at = min(again_at, self._poll_at, self._due_at)
             # Without a free slot nothing can be claimed: a slot's end wakes us.
@@ -155,7 +173,7 @@ class Fetcher:
             promote=self._demand.queues if promote else (),
         )
         try:
-            reply = await self._store.claim(order, self._live.book)
+            reply = await self._store.claim(order, self._live.book, under_way=self._wake_slots)
         except trio.Cancelled:
             raise  # it was never sent
         except BaseException as exc:
@@ -175,6 +193,8 @@ class Fetcher:
 
     async def _draw_conclusions(self, wants: Mapping[str, int], reply: ClaimReply) -> None:
         short = {queue for queue, n in wants.items() if reply.got.get(queue, 0) < n}
+        if short or self._marked:
+            self._wake_slots()  # what follows may take a while
         if self._listening:
             unmarked = short - self._marked
             if unmarked:

@@ -8,6 +8,10 @@ a cancelled or timed-out caller knows that nothing was written. After the hand-o
 awaited, whatever happens. Once closing, every waiting and later caller is answered: committed, or
 ClosedResourceError.
 
+A task that finds its lane idle commits its row itself: one that enqueues alone need not wait for the
+flusher's turn and then for its own. It does so only while commits carry one row; where many callers
+enqueue at once, the first would else go ahead alone each time.
+
 There are two lanes, each with one statement in flight. A row with a key or a job_id may have to wait
 for a transaction of somebody else that stays open; rows without must not wait with it.
 """
@@ -64,11 +68,19 @@ class Entry:
 
 
 class Lane:
-    """Entries of one kind that wait for their hand-off, in the order in which they came."""
+    """Entries of one kind that wait for their hand-off, in the order in which they came.
+
+    Attributes:
+        busy: a commit is in flight; whoever made it looks for entries at its end. shared: the last one
+            carried more than one row. defect: what a commit raised in a caller's task.
+    """
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
         self.wake = Wake()
+        self.busy = False
+        self.shared = False
+        self.defect: Exception | None = None
 
     def take(self, most: int) -> list[Entry]:
         """Remove what one commit may carry."""
@@ -80,6 +92,24 @@ class Lane:
                 break
             batch.append(self.entries.popleft())
         return batch
+
+
+class ThreadEvent:
+    """What a thread waits for; like `threading.Event` at a third of its price, for one waiter."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Wake the waiter. Once only."""
+        self._lock.release()
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Return whether it is set, after at most `timeout` seconds (-1: no limit). True once only."""
+        return self._lock.acquire(timeout=timeout)
 
 
 class Patience:
@@ -131,17 +161,21 @@ class Flusher:
             with self._room:
                 self._closing = True
             for lane in self._lanes:
-                while batch := self._take(lane):
-                    _refuse(batch)
+                with self._room:
+                    left = list(lane.entries)
+                    lane.entries.clear()
+                _refuse(left)
             self.ended.set()
 
     @trio.lowlevel.enable_ki_protection
     async def _run_lane(self, lane: Lane) -> None:
         while True:
+            if lane.defect is not None:
+                raise lane.defect
             batch = self._take(lane)
             if batch:
-                await self._commit(batch)
-            elif self._closing:
+                await self._commit(lane, batch)
+            elif self._closing and not lane.busy:
                 return
             else:
                 await lane.wake.wait()
@@ -164,6 +198,7 @@ class Flusher:
         """Tell whether the caller's Trio program is the one that the flusher runs in."""
         return trio.lowlevel.current_trio_token() is self._token
 
+    @trio.lowlevel.enable_ki_protection
     async def enqueue(self, row: NewRow) -> Enqueued:
         """Leave a row and wait for its answer.
 
@@ -172,11 +207,16 @@ class Flusher:
         await trio.lowlevel.checkpoint_if_cancelled()
         answered = trio.Event()
         entry = Entry(row, answered.set)
+        lane = self._lane(row)
         with self._room:
-            self._leave(entry)
-        self._lane(row).wake.set()
+            first = self._leave(lane, entry)
+        if first and not lane.shared:
+            await self._commit_alone(lane)
+        elif first:
+            lane.wake.set()
         try:
-            await answered.wait()
+            if entry.answer is None:
+                await answered.wait()
         except BaseException as exc:
             if self._withdraw(entry):
                 raise
@@ -186,16 +226,27 @@ class Flusher:
                 raise
         return entry.result()
 
+    async def _commit_alone(self, lane: Lane) -> None:
+        """Commit in the caller's task. Shielded: a thread may have left a row in the same moment."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self._commit(lane, self._take(lane))
+            except Exception as exc:
+                # The rows have their answers. A defect ends the flusher, whoever met it.
+                lane.defect = exc
+                lane.wake.set()
+
     def enqueue_from_thread(
         self, row: NewRow, timeout: float | None, check_cancelled: Callable[[], None]
     ) -> Enqueued:
         """Leave a row from any thread and block until its answer."""
-        answered = threading.Event()
+        answered = ThreadEvent()
         entry = Entry(row, answered.set)
         patience = Patience(timeout, check_cancelled)
-        self._leave_from_thread(entry, patience)
+        first = self._leave_from_thread(entry, patience)
         try:
-            self._wake_from_thread(row)
+            if first:
+                self._wake_from_thread(row)
             while not answered.wait(patience.pause()):
                 patience.check()
         except BaseException as exc:
@@ -207,19 +258,22 @@ class Flusher:
         return entry.result()
 
     def _lane(self, row: NewRow) -> Lane:
-        return self._plain if row.key is None and row.job_id is None else self._special
+        return self._plain if row.is_plain else self._special
 
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, lane: Lane, entry: Entry) -> bool:
+        """Leave an entry; return whether nobody has been woken for this lane, nor looks at it by himself."""
         if self._closing:
             raise trio.ClosedResourceError("this triojobs client or group is closed")
-        self._lane(entry.row).entries.append(entry)
+        lane.entries.append(entry)
+        return not lane.busy and len(lane.entries) == 1
 
-    def _leave_from_thread(self, entry: Entry, patience: Patience) -> None:
+    def _leave_from_thread(self, entry: Entry, patience: Patience) -> bool:
+        """Leave an entry as soon as there is room."""
+        lane = self._lane(entry.row)
         while True:
             with self._room:
-                if self._closing or len(self._lane(entry.row).entries) < PENDING_LIMIT:
-                    self._leave(entry)
-                    return
+                if self._closing or len(lane.entries) < PENDING_LIMIT:
+                    return self._leave(lane, entry)
                 self._room.wait(patience.pause())
             patience.check()
 
@@ -242,13 +296,29 @@ class Flusher:
         return True
 
     def _take(self, lane: Lane) -> list[Entry]:
-        """Take over what one commit may carry: the hand-off."""
+        """Take over what one commit may carry: the hand-off. Nothing while another is in flight."""
         with self._room:
+            if lane.busy:
+                return []
             batch = lane.take(BATCH)
-            self._room.notify_all()
+            lane.busy = bool(batch)
+            if len(lane.entries) + len(batch) >= PENDING_LIMIT:
+                self._room.notify_all()
         return batch
 
-    async def _commit(self, batch: Sequence[Entry]) -> None:
+    async def _commit(self, lane: Lane, batch: Sequence[Entry]) -> None:
+        """Commit what was taken from a lane, answer it, and have the lane looked at again."""
+        try:
+            await self._commit_batch(batch)
+        finally:
+            with self._room:
+                lane.busy = False
+                lane.shared = len(batch) > 1
+                left = bool(lane.entries)
+            if left or self._closing:
+                lane.wake.set()
+
+    async def _commit_batch(self, batch: Sequence[Entry]) -> None:
         if self._store.now() >= self._deadline:
             _refuse(batch)
             return

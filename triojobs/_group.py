@@ -91,7 +91,7 @@ class WorkerGroup:
         self.client: Client = Client(store, self._flusher)
         self._registrations: list[LiveRegistration] = []
         self._slots: dict[LiveRegistration, dict[str, Slots]] = {}
-        self._busy_ids: Counter[int] = Counter()
+        self._busy_ids: set[int] = set()
         self._abandoned: list[int] = []
         self._unknown_claims = 0
         self._stopping_since = math.inf
@@ -293,17 +293,17 @@ class WorkerGroup:
 
     async def _stop_gracefully(self, live: LiveRegistration) -> None:
         live.fetch_scope.cancel(reason="the worker group stops")
-        await live.fetching.wait_value(False)
-        for slots in self._slots[live].values():
-            slots.withdraw()
         with trio.move_on_after(self._options.grace_period) as grace:
-            await live.running.wait_value(0)
-        if grace.cancelled_caught:
+            await live.fetching.wait_value(False)
+            for slots in self._slots[live].values():
+                slots.withdraw()
+            await live.wait_no_handler()
+        if grace.cancelled_caught and live.running:
             log.warning(
                 "%d handler(s) did not end within grace_period (%g s) and are cancelled",
-                live.running.value,
+                live.running,
                 self._options.grace_period,
-                extra={"event": "grace_over", "running": live.running.value},
+                extra={"event": "grace_over", "running": live.running},
             )
 
     async def _renew(self, old: LiveRegistration) -> bool:
@@ -353,6 +353,7 @@ class WorkerGroup:
                     await self._close(live, deadline)
             await self._flusher.ended.wait()
         finally:
+            self._store.hurry(math.inf)  # the body may go on, and use the client
             for live in self._registrations:
                 self._store.release_lease(live.group_id)
                 live.service_scope.cancel()
@@ -466,11 +467,13 @@ class GroupContext:
             await store.open()
             live = await group._register()
         except BaseException:
-            with trio.CancelScope(shield=True):
-                for lost in group._registrations:  # the reply was lost: it may exist
-                    with trio.move_on_after(self._options.close_timeout):
-                        await _close_quietly(store, lost)
-                await store.aclose()
+            # In a task of its own: Trio raises Ctrl-C in the main task, whatever shields it.
+            try:
+                with trio.CancelScope(shield=True):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._give_up, group)
+            except BaseExceptionGroup as errors:
+                raise sole_error(errors) or errors  # noqa: B904 - the first error is its context
             raise
         # From here to the return there is no checkpoint.
         self._nursery_manager = trio.open_nursery()
@@ -480,6 +483,15 @@ class GroupContext:
         group._begin(live)
         self._group = group
         return group
+
+    @trio.lowlevel.enable_ki_protection
+    async def _give_up(self, group: WorkerGroup) -> None:
+        """Close what nobody enters."""
+        with trio.CancelScope(shield=True):
+            for lost in group._registrations:  # the reply was lost: it may exist
+                with trio.move_on_after(self._options.close_timeout):
+                    await _close_quietly(self._store, lost)
+            await self._store.aclose()
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(

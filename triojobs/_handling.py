@@ -15,9 +15,10 @@ import contextvars
 import math
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import CoroutineType
 from typing import Any, Final, TypeVar
 
 import trio
@@ -39,6 +40,7 @@ log = Log("triojobs.worker")
 
 YIELD_AFTER: Final = 0.001  # seconds of handlers without a checkpoint before a slot makes one
 RESTING: Final = 1.0  # seconds before a job is tried again whose earlier handler still runs here
+WAKING: Final = 2  # slots on their way from their sleep to a job: one may be kept by its job, one goes on
 
 
 @dataclass(slots=True, eq=False)
@@ -59,15 +61,19 @@ class Running:
     cancelled_at: float = math.inf
     reports: int = 0
     given_up: bool = False
-    started_at: float = field(default_factory=trio.current_time)
+
+    @property
+    def may_be_cancelled(self) -> bool:
+        """Whether anything of the job's own may have cancelled the scope; asking the scope takes longer."""
+        return self.limit != math.inf or self.cancel_reason is not None
 
 
 class Slots:
     """The slots of one worker in one registration. Implements JobPort for its jobs.
 
     Args:
-        live: the registration. store: for `Job.commit`. busy_ids: how many handlers of each job run
-            in this group, over all registrations. on_free: called when a slot becomes free.
+        live: the registration. store: for `Job.commit`. busy_ids: the jobs whose handlers run in this
+            group, over all registrations. on_free: called when a slot becomes free.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class Slots:
         live: LiveRegistration,
         store: Store,
         *,
-        busy_ids: Counter[int],
+        busy_ids: set[int],
         on_free: Callable[[], None],
     ) -> None:
         self.worker = worker
@@ -89,6 +95,7 @@ class Slots:
         self._inbox: deque[tuple[Claim, float]] = deque()
         self._lot = trio.lowlevel.ParkingLot()
         self._taken = 0
+        self._waking = 0
         self._yielded_at = 0.0
         self._clean = contextvars.copy_context()
         self._call_handler = _with_keyboard_interrupt(worker.handler)
@@ -99,10 +106,24 @@ class Slots:
         return self.worker.concurrency - self._taken
 
     def hand_in(self, claims: Sequence[Claim], claimed_at: float) -> None:
-        """Give claims to slots; `claimed_at` is Trio's clock when the claim was sent."""
+        """Give claims to slots and wake them; `claimed_at` is Trio's clock when the claim was sent."""
+        self.lay_in(claims, claimed_at)
+        self.wake_some()
+
+    def lay_in(self, claims: Sequence[Claim], claimed_at: float) -> None:
+        """Give claims to slots that are awake; who calls this wakes some of the others soon."""
         self._taken += len(claims)
-        self._inbox.extend((claim, claimed_at) for claim in claims)
-        self._lot.unpark(count=len(claims))
+        self._inbox.extend([(claim, claimed_at) for claim in claims])
+
+    def wake_some(self) -> None:
+        """Wake a few slots; each that takes a job wakes the next.
+
+        Waking all of them costs a pass of the scheduler for each job; a slot whose job does not wait
+        takes the next one without a checkpoint, and the others never wake.
+        """
+        more = min(WAKING, len(self._inbox)) - self._waking
+        if more > 0:
+            self._waking += len(self._lot.unpark(count=more))
 
     def withdraw(self) -> None:
         """Take back what no handler has started; closing will release it."""
@@ -133,9 +154,10 @@ class Slots:
                     await self._ready_for_next(task)
                     await self._start_nothing_when_interrupted()
                     claim, claimed_at = self._inbox.popleft()
-                    await self._run(claim, claimed_at, scope, task)
+                    self.wake_some()
+                    running = await self._run(claim, claimed_at, scope, task)
                     # Read the outcome first (it is settled), then see whether the scope is used up.
-                    if scope.cancel_called:
+                    if running.may_be_cancelled and scope.cancel_called:
                         break
 
     @trio.lowlevel.enable_ki_protection
@@ -143,7 +165,7 @@ class Slots:
         """Start a task for each job, until cancelled (isolation="task")."""
         while True:
             while not self._inbox:
-                await self._lot.park()
+                await self._sleep()
             claim, claimed_at = self._inbox.popleft()
             self._clean.copy().run(nursery.start_soon, self._alone, claim, claimed_at)
 
@@ -172,22 +194,26 @@ class Slots:
             await trio.lowlevel.checkpoint()
             self._yielded_at = time.perf_counter()
         while not self._inbox:
-            await self._lot.park()
+            await self._sleep()
             self._yielded_at = time.perf_counter()
+
+    async def _sleep(self) -> None:
+        await self._lot.park()
+        self._waking -= 1  # a sleeper that is cancelled was not woken
 
     # One job.
 
     async def _run(
         self, claim: Claim, claimed_at: float, scope: trio.CancelScope, task: trio.lowlevel.Task
-    ) -> None:
+    ) -> Running:
         running = Running(claim, scope, task)
         job = self._prepare(claim, claimed_at, running)
         if job is None:
             self._ended(claim)
-            return
+            return running
         self.running[claim.job_id] = running
-        self._busy_ids[claim.job_id] += 1
-        self._live.running.value += 1
+        self._busy_ids.add(claim.job_id)
+        self._live.handler_begins()
         if running.limit != math.inf:
             scope.deadline = running.limit
         try:
@@ -205,11 +231,10 @@ class Slots:
             if running.limit != math.inf:
                 scope.deadline = math.inf
             del self.running[claim.job_id]
-            self._busy_ids[claim.job_id] -= 1
-            if not self._busy_ids[claim.job_id]:
-                del self._busy_ids[claim.job_id]
-            self._live.running.value -= 1
+            self._busy_ids.remove(claim.job_id)
+            self._live.handler_ends()
             self._ended(claim)
+        return running
 
     def _ended(self, claim: Claim) -> None:
         self._taken -= 1
@@ -219,7 +244,7 @@ class Slots:
         """Return the job, or None when it is settled without being run, or not ours any more."""
         if not self._ledger.owns(claim):
             return None
-        if self._busy_ids[claim.job_id]:
+        if claim.job_id in self._busy_ids:
             # Our lease was lost and its handler does not obey: no second one beside it.
             self._settle(claim, Verdict(Outcome.SNOOZED, delay=RESTING))
             return None
@@ -266,18 +291,18 @@ class Slots:
         )
 
     def _returned(self, claim: Claim, value: object) -> None:
-        if not self._ledger.owns(claim):
-            return  # committed by Job.commit, or moved on
         queue = self.worker.queue
         try:
             data = queue.encode_result(value)
         except Exception as exc:
+            if not self._ledger.owns(claim):
+                return  # committed by Job.commit, or moved on
             failed = outcome_of_failure(claim.attempt, claim.max_attempts)
             self._settle(claim, Verdict(failed, describe(exc)))
             return
         self._ledger.settle(
             claim,
-            Settlement(claim.job_id, claim.claim_no, Outcome.DONE, result=data, encoding=queue.codec.name),
+            Settlement(claim.job_id, claim.claim_no, Outcome.DONE, None, data, queue.codec.name),
         )
 
     def _settle(self, claim: Claim, verdict: Verdict) -> None:
@@ -327,7 +352,7 @@ def _with_keyboard_interrupt(handler: Callable[[Job[Any]], Any]) -> Callable[[Jo
     @trio.lowlevel.disable_ki_protection
     async def call(job: Job[Any]) -> Any:
         awaitable = handler(job)
-        if not isinstance(awaitable, Awaitable):
+        if type(awaitable) is not CoroutineType and not isinstance(awaitable, Awaitable):
             raise TypeError(
                 f"a handler must be an async function, but {handler!r} returned {type(awaitable).__name__}"
             )

@@ -45,10 +45,10 @@ class Ledger:
             for claim in claims:
                 # A job can return while an older claim of it waits here for its settlement: the reply to
                 # that one was lost or is late, but it was written, or nobody could have claimed the job.
+                self._claims[claim.job_id] = claim  # first: see `owns`
                 written = self._ended.pop(claim.job_id, None)
                 if written is not None:
                     self._count(written.outcome)
-                self._claims[claim.job_id] = claim
             self._booked.extend(claims)
             self.claimed += len(claims)
 
@@ -86,8 +86,9 @@ class Ledger:
 
     def owns(self, claim: Claim) -> bool:
         """Return whether this claim is ours and has not ended."""
-        with self._lock:
-            return self._claims.get(claim.job_id) is claim and claim.job_id not in self._ended
+        # Without the lock, but in this order: whoever takes a settlement out of `_ended` has taken its claim
+        # out of `_claims` before, and a claim never returns there.
+        return claim.job_id not in self._ended and self._claims.get(claim.job_id) is claim
 
     def settle(self, claim: Claim, settlement: Settlement) -> bool:
         """Note how a claim ended. False: it had ended already (a commit did, or it is not ours)."""
@@ -141,7 +142,7 @@ class Ledger:
 
     def close_out(self, asked: Iterable[Settlement], written: Sequence[Settled]) -> list[Settlement]:
         """Forget what was asked for and written; return what was not written (stale claims)."""
-        done = {(row.job_id, row.claim_no): row.outcome for row in written}
+        done = {(job_id, claim_no): outcome for job_id, claim_no, outcome in written}
         stale: list[Settlement] = []
         with self._lock:
             for settlement in asked:
@@ -179,6 +180,11 @@ class Ledger:
             self._ended.clear()
             self._booked.clear()
         return stale
+
+    def gave_back(self, number: int) -> None:
+        """Count claims that the ledger never knew and a comparison released."""
+        with self._lock:
+            self.released += number
 
     def _count(self, outcome: Outcome) -> None:
         if outcome is Outcome.RELEASED:

@@ -41,7 +41,7 @@ from ._model import (
     Settlement,
 )
 from ._retention import Pruned, Retention
-from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents
+from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents, nothing
 from ._wake import Wake
 
 __all__ = ["Crossing", "Fault", "MemoryDatabase", "MemoryStore", "MemoryTransaction"]
@@ -449,7 +449,13 @@ class MemoryStore:
             if subscriber in subscribers:
                 subscribers.remove(subscriber)
 
-    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
+    async def claim(
+        self,
+        order: ClaimOrder,
+        book: Callable[[Sequence[Claim]], None],
+        *,
+        under_way: Callable[[], None] = nothing,
+    ) -> ClaimReply:
         def effect() -> tuple[ClaimReply, list[Claim]]:
             now = self.now()
             promoted, due = self._tables.promote(order.promote, now) if order.promote else ({}, None)
@@ -466,6 +472,7 @@ class MemoryStore:
             more = {q for q, n in answer.promoted.items() if n > answer.got.get(q, 0)}
             self.database.notify_waiting(more)
 
+        under_way()
         return (await self._call("claim", self._claim_line, effect, reply))[0]
 
     async def compare(
@@ -642,9 +649,7 @@ class MemoryStore:
         return await self._call("read_jobs", self._client_line, effect)
 
     async def ended(self, ids: Sequence[int]) -> list[int]:
-        return await self._call(
-            "ended", self._client_line, lambda: [i for i in ids if not self._tables.alive(i)]
-        )
+        return await self._call("ended", self._client_line, lambda: self._tables.ended(ids))
 
     async def prune(self, retention: Retention) -> Pruned | None:
         return await self._call(

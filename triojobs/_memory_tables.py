@@ -275,7 +275,7 @@ class Tables:
             )
         run_at = self._run_at(row, now)
         # What names the job stays; everything else is the new body's.
-        kept = replace(row, queue=old.row.queue, key=old.row.key)
+        kept = row._replace(queue=old.row.queue, key=old.row.key)
         self.jobs[job_id] = BodyRow(job_id, kept, run_at, old.enqueued_at)
         moved = replace(waiting, priority=row.priority, run_at=run_at, max_attempts=row.max_attempts)
         (self.ready if run_at <= now else self.scheduled)[job_id] = moved
@@ -572,6 +572,15 @@ class Tables:
     def alive(self, job_id: int) -> bool:
         """Return whether the job waits or runs."""
         return job_id in self.ready or job_id in self.scheduled or job_id in self.leases
+
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """Return those that neither wait nor run: the unknown, then the ended as they ended."""
+
+        def order(job_id: int) -> tuple[int, int]:
+            outcomes = self.outcomes.get(job_id)
+            return outcomes[-1].no if outcomes else 0, job_id
+
+        return sorted((i for i in ids if not self.alive(i)), key=order)
 
     def cancel(self, job_id: int, reason: str, now: float) -> tuple[bool, uuid.UUID | None]:
         """Return whether it will not run again because of this call, and the group that runs it."""

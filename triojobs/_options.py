@@ -119,8 +119,10 @@ class GroupOptions:
 
     Attributes:
         grace_period: how long handlers may go on after a stop before they are cancelled (>= 0).
-        close_timeout: how long writing the last outcomes and giving rows back may take (> 0).
-        call_timeout: how long one call to the database may take before it is broken off (> 0).
+        close_timeout: how long writing the last outcomes and giving rows back may take (> 0); whatever is
+            in flight then, connects as well, ends with it.
+        call_timeout: how long one call to the database may take before it is broken off (> 0), with
+            connecting, to however many hosts. A call that is broken off has ended a second later.
         lease_duration: how long after its last beat a dead group keeps its jobs (> lease_margin).
             Longer survives longer stalls, shorter brings jobs of a dead process back sooner.
         lease_margin: how long before the end of the lease handlers are cancelled (> 0).

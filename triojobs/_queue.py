@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from ._backoff import Backoff
-from ._codec import CBOR, Codec, decode, encode
+from ._codec import CBOR, CborCodec, Codec, EncodeError, JsonCodec, check_type, decode, encode
 from ._errors import OptionError, checked_seconds
 from ._model import KeyUntil, NewRow, OnConflict
 from ._options import (
@@ -45,10 +45,10 @@ class Queue(Generic[PayloadT, ResultT]):
         payload_limit, result_limit: most bytes when encoded (default 1 MiB).
 
     Raises:
-        OptionError: a name or limit is out of range.
+        OptionError: a name or limit is out of range, or no value could ever be sent as one of the types.
     """
 
-    __slots__ = ("codec", "name", "payload", "payload_limit", "result", "result_limit")
+    __slots__ = ("_nothing", "codec", "name", "payload", "payload_limit", "result", "result_limit")
 
     @overload
     def __init__(
@@ -108,9 +108,12 @@ class Queue(Generic[PayloadT, ResultT]):
             raise OptionError("codec", codec, "an object with name, encode(value) and decode(data, type)")
         checked_text("codec.name", codec.name, least=1, most=32)
         self.codec: Codec = codec
+        check_type("payload", payload, codec)
+        check_type("result", result, codec)
         # Far below PostgreSQL's gigabyte per value: a claim fetches many payloads at once.
         self.payload_limit: int = checked_count("payload_limit", payload_limit, most=256 * 1024 * 1024)
         self.result_limit: int = checked_count("result_limit", result_limit, most=256 * 1024 * 1024)
+        self._nothing: bytes | None = self._encode_nothing()
 
     def __repr__(self) -> str:
         return f"Queue({self.name!r}, {getattr(self.payload, '__name__', self.payload)})"
@@ -121,7 +124,18 @@ class Queue(Generic[PayloadT, ResultT]):
 
     def encode_result(self, value: ResultT) -> bytes:
         """Return the bytes of a result, or raise EncodeError naming field, value and limit."""
+        if value is None and self._nothing is not None:
+            return self._nothing
         return encode("result", value, self.result, self.codec, limit=self.result_limit)
+
+    def _encode_nothing(self) -> bytes | None:
+        """Return the bytes of the most common result, None; None where it is none, or a user's codec decides."""
+        if type(self.codec) not in (CborCodec, JsonCodec):
+            return None
+        try:
+            return encode("result", None, self.result, self.codec, limit=self.result_limit)
+        except EncodeError:
+            return None
 
     def decode_payload(self, data: bytes, encoding: str) -> PayloadT:
         """Return the payload; CodecError when the bytes can never be read."""
@@ -198,6 +212,11 @@ class Worker(Generic[PayloadT, ResultT]):
 
     def __repr__(self) -> str:
         return f"Worker({self.queue.name!r}, concurrency={self.concurrency})"
+
+
+def plain_row(queue: Queue[Any, Any], payload: Any) -> NewRow:
+    """Encode one payload without options. As `new_row`, at a third of its price."""
+    return NewRow(queue.name, queue.encode_payload(payload), queue.codec.name)
 
 
 def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:

@@ -35,7 +35,8 @@ class LiveRegistration:
         lease: beat thread → lease watcher. ledger: everybody. lit: the beacon → the task that turns it.
         epoch: comparison → fetcher. unknown_claim: fetcher, comparison → closing.
         in_doubt: ledger and leases may differ; nothing is claimed. Fetcher, beats → comparison → fetcher.
-        fetching, slots_alive (0 or 1), running: fetcher and slots → supervisor. lost: beats → supervisor.
+        fetching, slots_alive (0 or 1): fetcher and slots → supervisor. lost: beats → supervisor.
+        running: how many handlers run. Slots → supervisor, the watch over handlers.
         unanswered: (job id, claim_no) of claims whose settlement's reply was lost. Settler and closing.
         interrupted_at: Trio's clock when handlers began to be cancelled; a timeout that fires later
         is not the job's fault.
@@ -63,7 +64,9 @@ class LiveRegistration:
         self.beating = AsyncBool(False)
         self.settling = AsyncBool(False)
         self.slots_alive = AsyncValue(0)
-        self.running = AsyncValue(0)
+        self.running = 0
+        self._handler_began = Wake()
+        self._handler_ended = Wake()
         self.fetch_scope = trio.CancelScope()
         self.handler_scope = trio.CancelScope()
         self.settle_scope = trio.CancelScope(shield=True)
@@ -96,6 +99,28 @@ class LiveRegistration:
         self.ledger.book(claims)
         if claims:
             self.beacon.light()
+
+    # On the way of each job: a count and flags, 0.2 µs where an AsyncValue takes 3.
+
+    def handler_begins(self) -> None:
+        """Count one handler more."""
+        self.running += 1
+        self._handler_began.set()
+
+    def handler_ends(self) -> None:
+        """Count one handler less."""
+        self.running -= 1
+        self._handler_ended.set()
+
+    async def wait_handler(self) -> None:
+        """Wait until a handler runs. For one task: the watch over handlers."""
+        while not self.running:
+            await self._handler_began.wait()
+
+    async def wait_no_handler(self) -> None:
+        """Wait until no handler runs. For one task: the supervisor."""
+        while self.running:
+            await self._handler_ended.wait()
 
     def note_interruption(self) -> None:
         """Remember since when handlers are being cancelled."""

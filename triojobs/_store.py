@@ -105,6 +105,10 @@ class CommitPort(Protocol):
     def committed(self) -> None: ...
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class Store(Protocol):
     """The database, as worker groups and clients see it."""
 
@@ -121,7 +125,7 @@ class Store(Protocol):
         """Close every connection and thread. Bounded; never raises for a broken connection."""
 
     def hurry(self, deadline: float) -> None:
-        """Break off calls in flight that do not end by `deadline` (clock reading)."""
+        """Have calls end by `deadline` (clock reading): in flight, or begun before it is changed; inf: no more."""
 
     # The worker group.
 
@@ -145,8 +149,18 @@ class Store(Protocol):
     async def listen(self, group_id: uuid.UUID, queues: Collection[str], events: ListenEvents) -> None:
         """Report wake-ups until cancelled; reconnects by itself."""
 
-    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
-        """Promote and claim. A DatabaseError with `committed` not False leaves the claim unknown."""
+    async def claim(
+        self,
+        order: ClaimOrder,
+        book: Callable[[Sequence[Claim]], None],
+        *,
+        under_way: Callable[[], None] = nothing,
+    ) -> ClaimReply:
+        """Promote and claim. A DatabaseError with `committed` not False leaves the claim unknown.
+
+        `under_way` is called on the event loop when the claim is on its way, perhaps more than once or,
+        when there is no connection, not at all: what it starts does not hold up the claim.
+        """
 
     async def compare(
         self,
@@ -236,7 +250,7 @@ class Store(Protocol):
         """Return the jobs that exist, in no particular order."""
 
     async def ended(self, ids: Sequence[int]) -> list[int]:
-        """Return those ids whose job has ended or does not exist."""
+        """Return those ids whose job does not exist, then those whose job has ended, in the order of their ends."""
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
         """Cancel a waiting job, or ask for the cancellation of a running one. False: it had ended.

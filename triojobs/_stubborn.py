@@ -33,7 +33,7 @@ async def watch_handlers(live: LiveRegistration, slots: Mapping[str, Slots], opt
     watch = Watch(live, slots, options.hard_stop_patience)
     with live.watch_scope:
         while True:
-            await live.running.wait_value(lambda n: n > 0)
+            await live.wait_handler()
             await live.handler_cancelled.wait_until(watch.look(trio.current_time()))
 
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import psycopg
 import trio
 
-from ._bridge import IDLE, Breaker, Call, Line
+from ._bridge import IDLE, Breaker, Call, Line, drive_here
 from ._errors import DatabaseError
+from ._logs import Log
 from ._model import Enqueued, NewRow, RawJob
 from ._postgres import cancel_job, enqueue_in_transaction
 from ._sql import enqueue as enqueue_sql
-from ._sql import inspect, notify
+from ._sql import exchange, inspect, notify
 from ._sql.failures import translate
 from ._sql.schema import check_schema
 from ._sql.session import begin_transaction, prepare_session, refuse_undeclared_pooler
@@ -23,6 +24,7 @@ from ._sql.session import begin_transaction, prepare_session, refuse_undeclared_
 __all__ = ["SyncStore", "enqueue_on_connection", "is_connection"]
 
 T = TypeVar("T")
+log = Log("triojobs.client")
 
 
 def enqueue_on_connection(
@@ -112,6 +114,13 @@ class SyncStore:
         """Insert jobs in one transaction, then notify who waits."""
 
         def work(call: Call) -> list[Enqueued]:
+            if call.conn.pgconn.transaction_status == IDLE and exchange.fits(call.conn, rows):
+                ids, error = drive_here(
+                    exchange.enqueue_now(call.conn, self._schema, rows), call.conn.fileno()
+                )
+                if error is not None:
+                    log.warning("a notification was not sent: %s", error, extra={"event": "notify_failed"})
+                return [Enqueued(job_id, created=True) for job_id in ids]
             answers = enqueue_in_transaction(call, self._schema, rows)
             queues = {row.queue for row in rows}
             call.afterwards(lambda conn: notify.notify_waiting(conn, self._schema, queues))

@@ -36,6 +36,7 @@ from ._client import info_of
 from ._explore import Exploration as Exploration
 from ._explore import ExplorationError as ExplorationError
 from ._explore import Explored as Explored
+from ._explore import Handler, as_worker
 from ._explore import explore as explore
 from ._group import GroupContext, checked_workers, default_name, with_workers
 from ._job import Job
@@ -154,7 +155,7 @@ class HandlerRun(Generic[ResultT]):
 
 
 async def run_handler(
-    worker: Worker[PayloadT, ResultT],
+    worker: Worker[PayloadT, ResultT] | Handler[PayloadT, ResultT],
     payload: PayloadT,
     *,
     attempt: int = 1,
@@ -173,6 +174,7 @@ async def run_handler(
     connection) and the classification of errors are those of production; only the tables are in memory.
 
     Args:
+        worker: or a handler alone, which gets a queue of the payload's class.
         attempt: which attempt the handler sees, from 1 to `max_attempts`; earlier ones failed with
             `last_error`. Others: as `Client.enqueue`. database: where the job is made; default: a new one.
 
@@ -182,6 +184,7 @@ async def run_handler(
 
     Cancellation: at any time.
     """
+    worker = as_worker(worker, payload)
     checked_count("attempt", attempt, most=checked_count("max_attempts", max_attempts))
     database = MemoryDatabase() if database is None else database
     new = NewJob(

@@ -430,6 +430,15 @@ async def test_unknown_ids_are_not_read_and_count_as_ended(store: Store) -> None
     assert await store.ended([]) == []
 
 
+async def test_ended_jobs_are_told_in_the_order_of_their_ends_after_the_unknown(store: Store) -> None:
+    ids = await enqueue(store, *(row(n) for n in range(3)))
+    group = await Group(store).register()
+    claims = {claim.job_id: claim for claim in await group.claim(3)}
+    for job_id in (ids[1], ids[2], ids[0]):
+        await group.end(claims[job_id], Outcome.DONE)
+    assert await store.ended([*ids, 12345]) == [12345, ids[1], ids[2], ids[0]]
+
+
 async def test_a_queue_is_idle_when_nothing_due_or_running_is_left(store: Store, group: Group) -> None:
     assert await store.idle(["q"])
     await store.enqueue([row(delay=60.0)])

@@ -27,8 +27,8 @@ from triojobs.embedded import open_embedded_postgres
 
 async def main():
     async with open_embedded_postgres(sys.argv[1]) as conninfo:
-        print(conninfo, flush=True)
         try:
+            print(conninfo, flush=True)  # in here: the signal may come at once
             await trio.sleep_forever()
         finally:
             with psycopg.connect(conninfo) as conn:

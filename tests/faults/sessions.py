@@ -10,11 +10,16 @@ from typing import Any, Final, LiteralString
 import trio
 
 import triojobs
-from tests.tools.looking import rows, value
+from tests.tools.looking import blocked, locked, rows, until, value
 
-from .rig import AT_ONCE, SHORT, plain, running
+from .rig import AT_ONCE, PATIENCE, SHORT, plain, running, wait_until
 
 ROLES: Final = ("claim", "settle", "client", "job", "heartbeat", "listen")
+IN_STATEMENTS: Final = ("client", "job", "settle", "claim", "heartbeat")  # listen has none
+OUR_TABLES: Final = (
+    "LOCK TABLE triojobs.worker_groups, triojobs.jobs, triojobs.leases IN ACCESS EXCLUSIVE MODE"
+)
+LASTING: Final[dict[str, Any]] = {"lease_duration": 60.0}  # longer than everybody waits for the lock
 
 
 class Effects:
@@ -23,9 +28,14 @@ class Effects:
     def __init__(self, conninfo: str) -> None:
         rows(conninfo, "CREATE TABLE public.effects (job bigint)")
         self.returned: Counter[int] = Counter()
+        self.held: set[int] = set()
+        self.go_on = trio.Event()
 
     async def handle(self, job: triojobs.Job[Any]) -> int:
-        if job.payload == "commit":
+        if job.payload.startswith("hold"):
+            self.held.add(job.id)
+            await self.go_on.wait()
+        if job.payload.endswith("commit"):
             await job.commit(
                 lambda conn: conn.execute("INSERT INTO public.effects VALUES (%s)", [job.id]).rowcount
             )
@@ -70,15 +80,15 @@ def suppress_transient() -> Iterator[None]:
 
 
 async def disturb_sessions(conninfo: str, through: str, end: Callable[[str], int]) -> None:
-    """Run jobs while connections of one role after the other are ended, every 50 ms, until each was hit twice."""
+    """Run jobs while connections are ended: every 50 ms those of another role, then in mid-statement."""
     effects = Effects(conninfo)
     hit: Counter[str] = Counter()
     ids: list[int] = []
     async with (
         triojobs.open_client(conninfo) as client,
-        triojobs.open_worker_group(through, [effects.worker()], **SHORT) as group,
+        triojobs.open_worker_group(through, [effects.worker()], **SHORT | LASTING) as group,
     ):
-        with trio.fail_after(60):
+        with trio.fail_after(PATIENCE):
             while min(hit[role] for role in ROLES) < 2:
                 ids += await client.enqueue_many(plain, ["sleep", "commit", "sleep"])
                 for role in ROLES:
@@ -87,6 +97,8 @@ async def disturb_sessions(conninfo: str, through: str, end: Callable[[str], int
                     with suppress_transient():
                         await group.client.get(ids[0])
                     await trio.sleep(0.05)
+            ids += await client.enqueue_many(plain, ["hold", "hold and commit"] * 2)
+            await end_in_mid_statement(conninfo, group, effects, end)
             # A commit that was cut off is a failed attempt; it comes again at once.
             async with client.as_completed(ids) as completions:
                 statuses = {info.status async for info in completions}
@@ -94,3 +106,27 @@ async def disturb_sessions(conninfo: str, through: str, end: Callable[[str], int
         assert group.statistics().registrations == 1  # no lease was lost
         assert group.statistics().stale == 0
     check_all_done_once(conninfo, ids, effects)
+
+
+async def end_in_mid_statement(
+    conninfo: str, group: triojobs.WorkerGroup, effects: Effects, end: Callable[[str], int]
+) -> None:
+    """Have every role's statement wait for a lock, and end its connection there."""
+
+    async def read() -> None:
+        with suppress_transient():
+            await group.client.get(1)
+
+    async with trio.open_nursery() as nursery:
+        await wait_until(lambda: len(effects.held) == 4)  # of five slots: one claims
+        with locked(conninfo, OUR_TABLES):
+            effects.go_on.set()  # now there is something to commit and to settle
+            nursery.start_soon(read)
+            sessions = []
+            for role in IN_STATEMENTS:
+                sessions.append(await blocked(conninfo, role))
+                assert end(role)
+            # What they were about to write is lost, and has to be written anew.
+            await until(
+                conninfo, "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s))", sessions
+            )

@@ -89,12 +89,32 @@ def test_row_04_sigint_at_any_step(conninfo: str, figures: Figures) -> None:
     runs = disturbed(conninfo, lambda run: signal.raise_signal(signal.SIGINT))
     check_errors(runs, KeyboardInterrupt)
     figures.note("exit", max(run.left_in for run in runs), at_most=exit_bound(SHORT))
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(strike_inside_a_handler, conninfo)
+    assert running(conninfo) == 0
+    assert set(waiting(conninfo).values()) == {0}
+    assert outcomes(conninfo) == []
+
+
+async def strike_inside_a_handler(conninfo: str) -> None:
+    """Where Ctrl-C finds unprotected code: in the first one to run while all of them are in hand."""
+    begun: list[int] = []
+
+    async def handler(job: triojobs.Job[Any]) -> None:
+        begun.append(job.id)
+        await wait_until(lambda: len(begun) == 3)
+        signal.raise_signal(signal.SIGINT)
+
+    async with triojobs.open_worker_group(conninfo, [triojobs.Worker(plain, handler)], **SHORT) as group:
+        await group.client.enqueue_many(plain, ["job"] * 3)
+        await trio.sleep_forever()
 
 
 @pytest.mark.parametrize("point", ["before the statement", "committed", "before its return"])
 @pytest.mark.parametrize("statement", ["claim", "settle"])
+@pytest.mark.parametrize("how", ["cancel", "stop"])
 async def test_row_07_cancelled_while_a_thread_stands_at_a_point_of_its_statement(
-    conninfo: str, monkeypatch: pytest.MonkeyPatch, statement: str, point: str
+    conninfo: str, monkeypatch: pytest.MonkeyPatch, how: str, statement: str, point: str
 ) -> None:
     module = {"claim": claim_sql, "settle": settle_sql}[statement]
     async with triojobs.open_client(conninfo) as client:
@@ -103,12 +123,17 @@ async def test_row_07_cancelled_while_a_thread_stands_at_a_point_of_its_statemen
     gate = ThreadGate(monkeypatch, module, statement, point)
     async with background_group(conninfo, [journal.worker()]) as (scope, groups):
         await wait_until(gate.reached.is_set)
-        scope.cancel()
+        if how == "cancel":
+            scope.cancel()
+        else:
+            groups[0].stop()
         await trio.testing.wait_all_tasks_blocked()
         live = groups[0]._registrations[0]
         # A thread is never abandoned: whose call it makes is still there.
         assert live.fetching.value if statement == "claim" else live.settling.value
         gate.open.set()
+        await groups[0].wait_stopped()
+        scope.cancel()
     (group,) = groups
     assert running(conninfo) == 0
     if statement == "claim":  # claimed or not: given back, and never begun

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
-from typing import Any
+from collections import Counter
+from typing import Any, LiteralString
 
 import pytest
 import trio
@@ -11,12 +14,15 @@ import trio
 import triojobs
 from tests.tools.fault_proxy import fault_proxy
 from tests.tools.looking import blocked, locked, rows, until
-from triojobs import _listener
-from triojobs._backoff import RECONNECT_LIMIT
+from triojobs import _bridge, _listener
+from triojobs._backoff import RECONNECT_FIRST, RECONNECT_LIMIT
+from triojobs._bridge import clock
+from triojobs._sql.connecting import connect_in_time
 
 from .links import Link
 from .rig import (
     NEVER_POLLS,
+    PATIENCE,
     SHORT,
     Figures,
     Journal,
@@ -30,6 +36,37 @@ from .rig import (
     wait_until,
 )
 from .sessions import disturb_sessions
+
+
+class Connects:
+    """Watches connects: those in flight, and when each began and ended, by role."""
+
+    def __init__(self) -> None:
+        self.in_flight: Counter[str] = Counter()
+        self.ended: dict[str, list[tuple[float, float]]] = {}
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        role = options["defaults"]["application_name"].removeprefix("triojobs ")
+        began = clock()
+        self.in_flight[role] += 1
+        try:
+            return connect_in_time(*args, **options)
+        finally:
+            self.in_flight[role] -= 1
+            self.ended.setdefault(role, []).append((began, clock()))
+
+    def pauses(self, role: str) -> list[float]:
+        """Return the seconds between one connect and the next."""
+        spans = self.ended.get(role, [])
+        return [began - ended for (_, ended), (began, _) in itertools.pairwise(spans)]
+
+
+@pytest.fixture
+def connects(monkeypatch: pytest.MonkeyPatch) -> Connects:
+    """Watches the connects of this test."""
+    watching = Connects()
+    monkeypatch.setattr(_bridge, "connect_in_time", watching)
+    return watching
 
 
 async def test_row_16_a_black_hole_while_replies_are_awaited(
@@ -71,11 +108,11 @@ async def test_row_16_a_black_hole_while_replies_are_awaited(
 
 
 async def test_row_17_a_black_hole_while_connecting(
-    conninfo: str, link: Link, figures: Figures, caplog: pytest.LogCaptureFixture
+    conninfo: str, link: Link, figures: Figures, connects: Connects
 ) -> None:
-    options = SHORT | {"call_timeout": 2.0, "lease_duration": 60.0}
+    options = SHORT | {"call_timeout": 0.5, "lease_duration": 60.0}
     link.black_hole()
-    before = set(threading.enumerate())
+    before, descriptors = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     began = trio.current_time()
     with pytest.raises(triojobs.DatabaseError) as caught:
         async with triojobs.open_worker_group(link.conninfo, [Journal().worker()], **options):
@@ -83,6 +120,7 @@ async def test_row_17_a_black_hole_while_connecting(
     figures.note("refused at the start", trio.current_time() - began, at_most=options["call_timeout"] + 1.0)
     assert caught.value.transient
     assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("triojobs")]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
     link.heal()
 
     # A group that lives through it: each connect ends by itself, and the pauses grow.
@@ -90,13 +128,11 @@ async def test_row_17_a_black_hole_while_connecting(
     async with triojobs.open_worker_group(link.conninfo, [journal.worker()], **options) as group:
         kept = await group.client.enqueue(plain, "wait")
         await journal.wait_for_beginnings(1)
-        caplog.clear()
+        connects.ended.clear()
         link.black_hole()
         link.proxy.reset()  # the connections are gone, and nobody hears of it
-        began = trio.current_time()
-        await wait_until(lambda: sum("timeout expired" in r.getMessage() for r in caplog.records) >= 3)
-        # Two roles at least try side by side, each for two seconds: nobody spins.
-        assert trio.current_time() - began >= 2.0
+        await wait_until(lambda: len(connects.ended.get("claim", ())) >= 3)
+        assert min(connects.pauses("claim")) >= RECONNECT_FIRST / 2 - 0.01  # nobody spins
         link.heal()
         healed = trio.current_time()
         async with triojobs.open_client(conninfo) as client:
@@ -110,6 +146,45 @@ async def test_row_17_a_black_hole_while_connecting(
         assert group.statistics().registrations == 1
     assert sorted(journal.began) == [(kept, 1), (job_id, 1)]
     assert outcomes(conninfo) == [(1, "done")] * 2
+
+
+HASTY: dict[str, Any] = SHORT | {"close_timeout": 1.0, "grace_period": 0.2, "lease_duration": 30.0}
+
+
+@pytest.mark.parametrize("left_by", ["cancel", "stop"])
+@pytest.mark.parametrize("when", ["calls wait", "everybody connects", "a commit waits"])
+async def test_a_black_hole_keeps_nobody_longer_than_the_bound(
+    conninfo: str, link: Link, figures: Figures, connects: Connects, when: str, left_by: str
+) -> None:
+    """The bound is shorter than twice libpq's least for connecting, and what hangs is begun just before."""
+    journal, commits = Journal(), trio.Event()
+    committing: triojobs.Queue[Any, Any] = triojobs.Queue("committing")
+
+    async def commit(job: triojobs.Job[Any]) -> None:
+        await commits.wait()
+        await job.commit(lambda conn: None)
+
+    workers = [journal.worker(), triojobs.Worker(committing, commit)]
+    with trio.CancelScope() as scope:
+        async with triojobs.open_worker_group(link.conninfo, workers, **HASTY) as group:
+            ids = await group.client.enqueue_many(plain, ["wait", "wait"])
+            ids.append(await group.client.enqueue(committing, None))
+            await wait_until(lambda: group.statistics().running == 3)
+            link.black_hole()
+            if when == "a commit waits":
+                commits.set()
+                await wait_until(lambda: connects.in_flight["job"])
+            else:
+                journal.go_on.set()  # now there is something to settle
+                await wait_until(lambda: group.statistics().unsettled == 2)
+            if when == "everybody connects":
+                await wait_until(lambda: connects.in_flight["settle"] and connects.in_flight["claim"])
+            began = trio.current_time()
+            if left_by == "cancel":
+                scope.cancel()
+    figures.note("exit", trio.current_time() - began, at_most=exit_bound(HASTY))
+    assert set(group.report.abandoned) == set(ids)
+    link.heal()
 
 
 async def test_row_18_every_connection_is_reset_all_the_time(
@@ -135,9 +210,18 @@ async def test_a_half_open_listener_is_found_out_by_the_probe_as_it_ships(
     await a_deaf_listener_is_found_out(conninfo, figures, caplog, probe_interval=15.0)
 
 
+ASLEEP: LiteralString = """
+SELECT EXISTS (SELECT FROM triojobs.waiting) AND EXISTS (
+    SELECT FROM pg_stat_activity
+    WHERE application_name = 'triojobs claim' AND datname = current_database()
+      AND state = 'idle' AND ltrim(query, E'\n') LIKE 'SELECT EXISTS %'
+)
+"""
+
+
 async def asleep(conninfo: str) -> None:
-    """Wait until the group has marked that it sleeps, and its last claim is over."""
-    await until(conninfo, "SELECT count(*) FROM triojobs.waiting")
+    """Wait until the group has marked that it sleeps, and its claim after that, which found nothing, is over."""
+    await until(conninfo, ASLEEP, seconds=PATIENCE)
     await trio.testing.wait_all_tasks_blocked()
 
 
@@ -202,13 +286,15 @@ async def test_row_30c_the_database_is_away_for_less_than_the_lease_and_a_rescue
                          at_most=options["lease_duration"] - options["lease_margin"] + 1.0)  # fmt: skip
             assert outcomes(conninfo) == []
             proxy.heal()
+            closed = "SELECT closed_at < lease_until FROM triojobs.worker_groups WHERE id = %s"
+            await wait_until(lambda: group.group_id != first)
+            assert rows(conninfo, closed, first) == [
+                (True,)
+            ]  # by itself, before anybody else might, and first
             journal.go_on.set()
             with trio.fail_after(30):
                 assert await rescuer.client.result(job_id) == 1
-            assert group.group_id != first
             assert rescuer.statistics().rescued == 0
-    closed = "SELECT closed_at < lease_until FROM triojobs.worker_groups WHERE id = %s"
-    assert rows(conninfo, closed, first) == [(True,)]  # by itself, before anybody else might
     assert journal.began == [(job_id, 1), (job_id, 1)]
     assert outcomes(conninfo) == [(1, "done")]
     assert group.report.released == 1

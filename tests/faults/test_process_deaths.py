@@ -14,7 +14,7 @@ import triojobs
 from tests.tools.looking import rows, value
 
 from .processes import WorkerProcess
-from .rig import SHORT, Figures, Journal, exit_bound, plain, rescue_bound, running, waiting
+from .rig import SHORT, Figures, Journal, exit_bound, plain, rescue_bound, running, wait_until, waiting
 
 Start = Callable[..., WorkerProcess]
 BRIEF: dict[str, Any] = SHORT | {"lease_duration": 1.5, "lease_margin": 0.5, "beat_interval": 0.3}
@@ -110,18 +110,29 @@ async def test_row_29_c_code_holds_the_gil_longer_than_the_lease(
     (job_id,) = await enqueue(conninfo, "hold_gil 3")
     stuck = worker(conninfo, options=BRIEF)
     await began(stuck, job_id)
-    rival = Journal()
-    async with triojobs.open_worker_group(conninfo, [rival.worker()], **BRIEF) as group:
+    rival: list[tuple[int, int]] = []
+    go_on = trio.Event()
+
+    async def hold(job: triojobs.Job[Any]) -> int:
+        rival.append((job.id, job.attempt))
+        await go_on.wait()
+        return job.attempt
+
+    async with triojobs.open_worker_group(
+        conninfo, [triojobs.Worker(plain, hold, concurrency=1)], **BRIEF
+    ) as group:
+        await wait_until(lambda: rival == [(job_id, 2)])
+        assert stuck.all("cancelled") == []
+        cancelled = await trio.to_thread.run_sync(lambda: stuck.wait_for("cancelled", job=job_id, attempt=1))
+        begun = stuck.wait_for("began")
+        figures.note("cancelled after the lock was free", cancelled["at"] - begun["at"] - 3.0, at_most=2.0)
+        # It goes on under a new registration; what it wrote under the old one did not disturb the rival.
+        (next_id,) = await enqueue(conninfo, "return")
+        await trio.to_thread.run_sync(lambda: stuck.wait_for("log", name="registered_again"))
+        await began(stuck, next_id)
+        go_on.set()
         assert await results(group, [job_id]) == [2]
-    assert rival.began == [(job_id, 2)]
-    assert stuck.all("cancelled") == []
-    cancelled = await trio.to_thread.run_sync(lambda: stuck.wait_for("cancelled", job=job_id, attempt=1))
-    begun = stuck.wait_for("began")
-    figures.note("cancelled after the lock was free", cancelled["at"] - begun["at"] - 3.0, at_most=2.0)
-    # It goes on under a new registration.
-    (next_id,) = await enqueue(conninfo, "return")
-    await trio.to_thread.run_sync(lambda: stuck.wait_for("log", name="registered_again"))
-    await began(stuck, next_id)
+    assert rival == [(job_id, 2)]
     stuck.send(signal.SIGINT)
     await ended(stuck)
     (report,) = stuck.all("report")
@@ -138,18 +149,23 @@ async def test_row_30_a_process_stopped_longer_than_its_lease(
     await began(stopped, *ids)
     (registered,) = stopped.all("open")
     rival = Journal()
-    rival.go_on.set()
     stopped.send(signal.SIGSTOP)
     try:
         async with triojobs.open_worker_group(conninfo, [rival.worker()], **SHORT) as group:
+            await rival.wait_for_beginnings(len(ids))
+            continued = stopped.send(signal.SIGCONT)
+            passed = await trio.to_thread.run_sync(lambda: stopped.wait_for("passed"))
+            assert passed["checkpoints"] == 0
+            cancelled = await trio.to_thread.run_sync(
+                lambda: [stopped.wait_for("cancelled", job=job_id) for job_id in ids[:2]]
+            )
+            figures.note("cancelled after waking", max(c["at"] for c in cancelled) - continued, at_most=2.0)
+            # What it makes of its jobs arrives while the rival still works at two of them.
+            await trio.to_thread.run_sync(lambda: stopped.wait_for("log", name="registered_again"))
+            rival.go_on.set()
             assert await results(group, ids) == [2] * len(ids)
     finally:
-        continued = stopped.send(signal.SIGCONT)
-    passed = await trio.to_thread.run_sync(lambda: stopped.wait_for("passed"))
-    assert passed["checkpoints"] == 0
-    cancelled = await trio.to_thread.run_sync(lambda: [stopped.wait_for("cancelled", job=j) for j in ids[:2]])
-    figures.note("cancelled after waking", max(c["at"] for c in cancelled) - continued, at_most=2.0)
-    await trio.to_thread.run_sync(lambda: stopped.wait_for("log", name="registered_again"))
+        stopped.send(signal.SIGCONT)
     stopped.send(signal.SIGINT)
     await ended(stopped)
     (report,) = stopped.all("report")

@@ -51,13 +51,13 @@ async def test_row_12_the_server_crashes_and_recovers(
     """Down for less than the lease: jobs in flight go on, what ended meanwhile is written afterwards."""
     conninfo = server.conninfo
     journal = Journal()
-    options = SHORT | {"lease_duration": 20.0, "lease_margin": 5.0, "beat_interval": 1.0}
+    options = SHORT | {"lease_duration": 30.0, "lease_margin": 5.0, "beat_interval": 0.3}
     async with triojobs.open_worker_group(conninfo, [journal.worker()], **options) as group:
         ids = await group.client.enqueue_many(plain, ["wait"] * 3)
         await journal.wait_for_beginnings(3)
         server.crash()
         journal.go_on.set()  # they end while nobody can be told
-        await wait_until(lambda: logged(caplog, "settle_failed"))
+        await wait_until(lambda: logged(caplog, "settle_failed") and logged(caplog, "beat_failed"))
         back_at = await trio.to_thread.run_sync(server.start)
         await wait_until(lambda: group.statistics().settled == 3)
         figures.note("settled after the server was back", time.monotonic() - back_at, at_most=RECONNECTED)
@@ -162,6 +162,10 @@ async def test_row_23_the_server_has_no_connection_left(
                     await trio.sleep(0.02)
             with pytest.raises(psycopg.OperationalError, match=r"connection slots|too many"):
                 psycopg.connect(app)
+            with pytest.raises(triojobs.DatabaseError) as caught:
+                async with triojobs.open_client(app):
+                    raise AssertionError("must not open")
+            assert caught.value.transient
             late = enqueue_by_sql(hogs[0])
             seen = value(admin, lease)
             tries = len(logged(caplog, "claim_failed"))

@@ -21,7 +21,7 @@ BRIEF: dict[str, Any] = SHORT | {"lease_duration": 2.0, "lease_margin": 0.5, "be
 WARNED = 1.5 + BRIEF["call_timeout"]  # seconds; its thread may be in a call when it is time to look
 
 
-@pytest.mark.parametrize("seconds", [1.3, 2.6], ids=["shorter than the lease", "longer than the lease"])
+@pytest.mark.parametrize("seconds", [1.3, 3.4], ids=["shorter than the lease", "longer than the lease"])
 async def test_row_28_a_handler_blocks_the_loop(
     conninfo: str, worker: Start, figures: Figures, seconds: float
 ) -> None:

@@ -95,7 +95,7 @@ def explain(conn: Connection, statement: tuple[bytes, Any]) -> Plan:
         conn.execute(f"PREPARE looked_at {declared} AS ".encode() + numbered)
         try:
             given = (
-                sql.SQL("({})").format(sql.SQL(", ").join(map(sql.Literal, values)))
+                sql.SQL("({})").format(sql.SQL(", ").join(literal(conn, value) for value in values))
                 if values
                 else sql.SQL("")
             )
@@ -106,6 +106,13 @@ def explain(conn: Connection, statement: tuple[bytes, Any]) -> Plan:
             conn.execute("DEALLOCATE looked_at")
     assert row is not None
     return Plan(row[0][0]["Plan"])
+
+
+def literal(conn: Connection, value: Any) -> sql.Composable:
+    """Return a value as a literal; the server reads what was packed in its binary form."""
+    if isinstance(value, bytes) and type(value) is not bytes:
+        (value,) = conn.execute("SELECT %s", [value], binary=True).fetchone() or (None,)
+    return sql.Literal(value)
 
 
 def type_name(conn: Connection, oid: int) -> str:

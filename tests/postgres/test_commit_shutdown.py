@@ -17,6 +17,7 @@ from tests.tools.commit_proxy import CommitProxy
 from tests.tools.committing import WORKS, Committer, one_job, sleep, the_report_equals_the_rows
 from tests.tools.looking import places, rows, until, value
 from tests.tools.running import NOTES, notes, outcomes, plain, retire_groups
+from tests.tools.shots import Shot
 from triojobs._bridge import Breaker
 
 
@@ -172,22 +173,6 @@ async def test_what_ends_the_program_may_come_out_of_work(conninfo: str, error: 
         assert group.report.settled["failed"] == 1
 
 
-class Shot(trio.abc.Instrument):
-    """SIGINT before step number `k`, counted from the beginning of the handler."""
-
-    def __init__(self, k: int) -> None:
-        self._left = k
-        self.armed = False
-        self.fired = False
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.armed and not self.fired:
-            self._left -= 1
-            if self._left < 0:
-                self.fired = True
-                signal.raise_signal(signal.SIGINT)
-
-
 def commit_under_fire(conninfo: str, k: int) -> tuple[bool, triojobs.WorkerGroup, Committer]:
     """Run one job that commits, with a Ctrl-C before step k. Returns whether it came so far."""
     shot = Shot(k)
@@ -223,7 +208,8 @@ def test_ctrl_c_at_any_step_of_a_commit_leaves_all_or_nothing(conninfo: str) -> 
         done = group.report.settled["done"]
         assert len(notes(conninfo)) == done
         assert value(conninfo, "SELECT count(*) FROM triojobs.ready WHERE attempts = 0") == 1 - done
-        assert (group.report.released, group.statistics().stale) == (1 - done, 0)
+        # A claim on its way may take the job that was just given back, and gives it back again.
+        assert (min(1, group.report.released), group.statistics().stale) == (1 - done, 0)
         if committer.ends and not isinstance(committer.ends[0], BaseException):
             assert done
         committed.append(done)

@@ -18,7 +18,7 @@ from tests.tools.fault_proxy import fault_proxy
 from tests.tools.gates import PATIENCE, ThreadGate
 from tests.tools.looking import places, rows, until, value
 from triojobs._sql import enqueue as enqueue_sql
-from triojobs._sql import enqueue_each
+from triojobs._sql import enqueue_each, exchange
 
 SHORT: dict[str, Any] = {"grace_period": 0.2, "close_timeout": 1.0, "call_timeout": 1.0}
 SLACK = 10.0  # seconds beside a bound of two or three: only a hang needs it
@@ -48,6 +48,12 @@ async def joined(*callers: Caller) -> list[Any]:
     return [caller.end for caller in callers]
 
 
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each commit made in a thread, where a gate may stop it; on the loop it would stop everybody."""
+    monkeypatch.setattr(exchange, "ROWS", 0)
+
+
 async def test_threads_of_every_kind_and_tasks_share_a_client(conninfo: str) -> None:
     ids: list[int] = []
 
@@ -73,6 +79,7 @@ async def test_threads_of_every_kind_and_tasks_share_a_client(conninfo: str) -> 
     assert value(conninfo, "SELECT count(DISTINCT xmin::text) FROM triojobs.jobs") < 300
 
 
+@pytest.mark.usefixtures("in_threads")
 async def test_each_thread_gets_an_answer_of_its_own(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows(conninfo, "ALTER TABLE triojobs.ready ADD CONSTRAINT no_seven CHECK (priority <> 7)")
     async with triojobs.open_client(conninfo, call_timeout=60.0) as client:
@@ -145,6 +152,7 @@ async def test_a_handlers_thread_enqueues_follow_ups(conninfo: str) -> None:
 # Closing.
 
 
+@pytest.mark.usefixtures("in_threads")
 async def test_leaving_a_client_commits_what_waits_and_refuses_what_comes_later(
     conninfo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +173,7 @@ async def test_leaving_a_client_commits_what_waits_and_refuses_what_comes_later(
 
 
 @pytest.mark.parametrize("how", ["leaving", "cancel"])
+@pytest.mark.usefixtures("in_threads")
 async def test_closing_a_client_answers_everybody_in_front_of_a_black_hole(
     conninfo: str, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -194,6 +203,7 @@ async def test_closing_a_client_answers_everybody_in_front_of_a_black_hole(
     assert all(isinstance(end, trio.ClosedResourceError) for end in ends[1:])
 
 
+@pytest.mark.usefixtures("in_threads")
 async def test_leaving_a_group_answers_waiting_and_later_threads(
     conninfo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +245,7 @@ HANDLERS = pytest.mark.parametrize("kind", [in_a_worker_thread, in_a_thread_that
 
 
 @HANDLERS
+@pytest.mark.usefixtures("in_threads")
 async def test_a_handlers_thread_that_waits_is_answered_when_the_group_is_cancelled(
     conninfo: str, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
@@ -259,6 +270,7 @@ async def test_a_handlers_thread_that_waits_is_answered_when_the_group_is_cancel
 
 
 @HANDLERS
+@pytest.mark.usefixtures("in_threads")
 async def test_a_handlers_thread_in_front_of_a_black_hole_does_not_hang_the_group(
     conninfo: str, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:

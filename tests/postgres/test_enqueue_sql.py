@@ -395,6 +395,13 @@ def test_sql_enqueue_names_field_value_and_limit(db: Connection, arguments: str,
     assert count(db, "jobs") == 0
 
 
+@pytest.mark.parametrize("run_at", ["1899-12-31 23:59:59.9+00", "9000-01-01 00:00:00+00"])
+def test_sql_enqueue_refuses_the_years_that_python_refuses(db: Connection, run_at: str) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="must be in the years 1900 to 8999"):
+        call(db, f"'q', '1', run_at => '{run_at}'")
+    assert place(db, call(db, "'q', '1', run_at => '8999-12-31 23:59:59+00'")) == ("scheduled", 0)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -405,6 +412,7 @@ def test_sql_enqueue_names_field_value_and_limit(db: Connection, arguments: str,
         "'q', '1', key => ''",
         "'q', 'null'",
         "'q', '1', metadata => jsonb_build_object('a', repeat('x', 8183))",
+        "'q', '1', run_at => '1900-01-01 00:00:00+00'",
     ],
 )
 def test_sql_enqueue_takes_what_is_just_within_the_limits(db: Connection, arguments: str) -> None:

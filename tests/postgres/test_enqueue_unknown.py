@@ -15,7 +15,7 @@ from tests.tools.fault_proxy import fault_proxy
 from tests.tools.gates import ThreadGate
 from tests.tools.looking import anybody_blocked, locked, places, rows, terminate, until, value
 from triojobs._sql import enqueue as enqueue_sql
-from triojobs._sql import enqueue_each, session
+from triojobs._sql import enqueue_each, exchange, session
 
 LONG: dict[str, Any] = {"call_timeout": 60.0}  # only a hang needs it
 Call = Callable[[str], Awaitable[Any]]
@@ -82,6 +82,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def stop(monkeypatch: pytest.MonkeyPatch, where: str) -> ThreadGate:
     """Stop the call in its thread: before a statement that commits by itself, or before a COMMIT."""
     gate = ThreadGate()
+    monkeypatch.setattr(exchange, "ROWS", 0)  # by statements of psycopg, before which a gate may stand
     send_one = enqueue_sql.SpecialRows.enqueue
     match where:
         case "shared statement":

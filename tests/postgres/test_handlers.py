@@ -13,6 +13,7 @@ import pytest
 import trio
 
 import triojobs
+from tests.tools.looking import rows
 
 plain: triojobs.Queue[Any, Any] = triojobs.Queue("plain")
 AT_ONCE = triojobs.Backoff(first=0.0, jitter=0.0)
@@ -502,7 +503,8 @@ async def test_an_error_of_the_body_comes_bare_and_releases_the_rows(conninfo: s
             await group.client.enqueue(plain, None)
             await running.wait()
             raise ZeroDivisionError
-    assert group.report.released == 1
+    assert group.report.released >= 1  # a claim on its way may take what was just given back
+    assert rows(conninfo, "SELECT attempts FROM triojobs.ready") == [(0,)]
 
 
 async def test_the_attempts_a_job_used_show_in_its_report(conninfo: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import triojobs
 from tests.tools.fault_proxy import fault_proxy
 from tests.tools.looking import rows, value
 from tests.tools.running import AT_ONCE, outcomes, plain
+from triojobs._client import READ_AT_ONCE
+from triojobs._model import RawJob
+from triojobs._postgres import PostgresStore
 from triojobs._sql import operate
 
 
@@ -211,6 +215,27 @@ async def test_a_job_that_was_never_enqueued_is_not_found(conninfo: str) -> None
                 async with client.as_completed([job_id]) as completions:
                     async for _ in completions:
                         pass
+
+
+async def test_many_ended_jobs_are_read_a_few_at_a_time_and_come_in_the_order_of_their_ends(
+    conninfo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_jobs = PostgresStore.read_jobs
+
+    async def counted(store: PostgresStore, ids: Sequence[int]) -> list[RawJob]:
+        read.append(len(ids))
+        return await read_jobs(store, ids)
+
+    async with triojobs.open_client(conninfo) as client:
+        ids = await client.enqueue_many(plain, range(READ_AT_ONCE + 5))
+        for job_id in reversed(ids):
+            await client.cancel(job_id)
+        monkeypatch.setattr(PostgresStore, "read_jobs", counted)
+        async with client.as_completed(ids) as completions:
+            with trio.fail_after(15):
+                assert [info.id async for info in completions] == ids[::-1]
+    assert read == [READ_AT_ONCE, 5]
 
 
 @pytest.mark.parametrize("job_id", ["7", 7.0, True, None, 2**63])

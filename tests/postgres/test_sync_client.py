@@ -18,6 +18,7 @@ from tests.tools.fault_proxy import fault_proxy
 from tests.tools.gates import PATIENCE, ThreadGate
 from tests.tools.looking import places, rows, until, value
 from triojobs._sql import enqueue as enqueue_sql
+from triojobs._sql import exchange
 
 CONNECTIONS = (
     "SELECT count(*) FROM pg_stat_activity"
@@ -201,28 +202,31 @@ async def test_a_thread_that_waits_for_its_turn_finds_the_client_closed(
     conninfo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = ThreadGate()
+    monkeypatch.setattr(exchange, "ROWS", 0)  # by a statement of psycopg, before which the gate stands
     monkeypatch.setattr(enqueue_sql, "enqueue_plain", gate.before(enqueue_sql.enqueue_plain))
     client = triojobs.SyncClient(conninfo)
-    ends: list[Any] = []
+    ends: dict[str, Any] = {}
 
-    def enqueue() -> None:
+    def enqueue(who: str) -> None:
         try:
-            ends.append(client.enqueue(plain, None))
+            ends[who] = client.enqueue(plain, None)
         except Exception as exc:
-            ends.append(exc)
+            ends[who] = exc
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(in_thread, enqueue)
+        nursery.start_soon(in_thread, enqueue, "first")
         await gate.reached()
         nursery.start_soon(in_thread, client.close)
-        nursery.start_soon(in_thread, enqueue)
-        nursery.start_soon(in_thread, enqueue)
+        nursery.start_soon(in_thread, enqueue, "second")
+        nursery.start_soon(in_thread, enqueue, "third")
         gate.open()
     # Whoever had its turn before the closing is committed; nobody opens a connection after it.
-    assert isinstance(ends[0], int)
-    assert all(isinstance(end, int | trio.ClosedResourceError) for end in ends)
+    assert isinstance(ends["first"], int)
+    assert all(isinstance(end, int | trio.ClosedResourceError) for end in ends.values())
     assert len(ends) == 3
-    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == sum(isinstance(end, int) for end in ends)
+    assert value(conninfo, "SELECT count(*) FROM triojobs.jobs") == sum(
+        isinstance(end, int) for end in ends.values()
+    )
     with pytest.raises(trio.ClosedResourceError):
         await in_thread(client._store.enqueue, [])
     await until(conninfo, f"SELECT ({CONNECTIONS}) = 0", seconds=PATIENCE)  # type: ignore[arg-type]

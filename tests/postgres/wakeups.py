@@ -128,10 +128,12 @@ class WatchedStore(PostgresStore):
         with trio.CancelScope(shield=True):
             await self._gates[stage].pass_through()
 
-    async def claim(self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None]) -> ClaimReply:
+    async def claim(
+        self, order: ClaimOrder, book: Callable[[Sequence[Claim]], None], **options: Any
+    ) -> ClaimReply:
         number = self.calls.count("claim") + 1
         with self._call("claim"):
-            reply = await super().claim(order, book)
+            reply = await super().claim(order, book, **options)
             if order.promote:
                 self.next_due_in = reply.next_due_in
             if self.may_listen.is_set() and number <= 2:
@@ -379,8 +381,11 @@ SCHEDULING: dict[str, Source] = {
 }
 
 
-async def run_through(w: World, source: Source, first: str, second: str) -> None:
-    """Have the producer's halves happen at these stages of the sleeper, and let everything come to rest."""
+async def run_through(w: World, source: Source, first: str, second: str, *, hear_first: bool = False) -> None:
+    """Have the producer's halves happen at these stages of the sleeper, and let everything come to rest.
+
+    `hear_first`: what the first half has told is heard before the second; else the two may meet.
+    """
     finished = trio.Event()
 
     async def act() -> None:
@@ -391,6 +396,8 @@ async def run_through(w: World, source: Source, first: str, second: str) -> None
         await w.store.go_to(first)
         nursery.start_soon(act)
         await w.gate.reached()
+        if hear_first:
+            await w.heard_all()
         await w.store.go_to(second)
         w.gate.open()
         with trio.fail_after(PATIENCE):
@@ -404,12 +411,14 @@ async def wakes_the_sleeper(
     first: str,
     second: str,
     make_producer: Callable[[str], Producer] = Producer,
+    *,
+    hear_first: bool = False,
 ) -> bool:
     """Return whether the sleeper took the job, when the producer's halves happen at these stages."""
     async with world(conninfo, make_producer=make_producer) as w:
         await source.prepare(w)
         async with sleeper(w):
-            await run_through(w, source, first, second)
+            await run_through(w, source, first, second, hear_first=hear_first)
             return w.left() == 0
 
 

@@ -2,92 +2,111 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import socket
 from typing import Any
 
+import psycopg
 import pytest
 
-from triojobs._sql.hosts import Hosts
+from triojobs._sql.hosts import LEAST, Hosts, addresses, share
 
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PGHOST", "PGHOSTADDR", "PGPORT", "PGTARGETSESSIONATTRS"):
+    for name in ("PGHOST", "PGHOSTADDR", "PGPORT"):
         monkeypatch.delenv(name, raising=False)
 
 
-def connection(host: str, port: int, hostaddr: str = "") -> Any:
-    return SimpleNamespace(info=SimpleNamespace(host=host, port=port, hostaddr=hostaddr))
-
-
-@pytest.mark.parametrize("conninfo", ["", "host=a port=1", "dbname=x", "hostaddr=::1", "no conninfo at all"])
-def test_a_single_host_gets_all_the_time_and_is_left_to_libpq(conninfo: str) -> None:
-    hosts = Hosts(conninfo)
-    assert hosts.choose(5.9) == ({}, {"connect_timeout": 5})
-    assert hosts.choose(0.3) == ({}, {"connect_timeout": 2})  # libpq's least
-    assert hosts.choose(-1.0) == ({}, {"connect_timeout": 2})
-
-
-def test_the_time_is_divided_among_the_hosts_and_the_primary_is_wanted() -> None:
-    overrides, defaults = Hosts("host=a,b port=1,2").choose(10.0)
-    assert overrides == {"host": "a,b", "port": "1,2"}
-    assert defaults == {"connect_timeout": 5, "target_session_attrs": "read-write"}
-
-
-def test_when_the_time_is_too_short_for_all_the_others_are_next() -> None:
-    hosts = Hosts("host=a,b,c port=1,2,3")
-    asked = [hosts.choose(4.0) for _ in range(3)]
-    assert [overrides["host"] for overrides, _ in asked] == ["a,b", "c,a", "b,c"]
-    assert [overrides["port"] for overrides, _ in asked] == ["1,2", "3,1", "2,3"]
-    assert [defaults["connect_timeout"] for _, defaults in asked] == [2, 2, 2]
-    assert hosts.choose(0.0)[0]["host"] == "a"  # one is always asked
-
-
-@pytest.mark.parametrize("seconds", [0.5, 2.0, 3.9, 4.0, 7.0, 60.0])
-def test_a_try_is_bounded_whatever_the_number_of_hosts(seconds: float) -> None:
-    for count in range(1, 9):
-        overrides, defaults = Hosts("host=" + ",".join("abcdefgh"[:count])).choose(seconds)
-        asked = len(overrides.get("host", "a").split(","))
-        assert asked * defaults["connect_timeout"] <= max(seconds, 2.0)
+def asked(hosts: Hosts) -> list[dict[str, str]]:
+    return [where for _, where in hosts.order()]
 
 
 @pytest.mark.parametrize(
-    ("conninfo", "answered"),
+    ("conninfo", "where"),
     [
-        ("host=a,b,c port=1,2,3", connection("b", 2)),
-        ("host=a,b,c", connection("b", 5432, "10.0.0.2")),
-        ("hostaddr=10.0.0.1,10.0.0.2,10.0.0.3", connection("", 5432, "10.0.0.2")),
-        ("host=same,same,same port=1,2,3", connection("same", 2)),
-        ("host=a,b,c port=7", connection("b", 7)),
-        ("host=/run/a,/run/b,/run/c", connection("/run/b", 5432)),
+        ("", {}),
+        ("dbname=x", {}),
+        ("host=a port=1", {"host": "a", "port": "1"}),
+        ("hostaddr=::1", {"hostaddr": "::1"}),
+        ("no conninfo at all", {}),
     ],
 )
-def test_who_answered_is_asked_first(conninfo: str, answered: Any) -> None:
-    hosts = Hosts(conninfo)
-    hosts.answered(answered)
-    first, _ = hosts.choose(2.0)
-    only_it = {
-        "host": answered.info.host,
-        "hostaddr": answered.info.hostaddr,
-        "port": str(answered.info.port),
-    }
-    assert first
-    assert first.items() <= only_it.items()
+def test_a_single_host_is_asked_as_it_is_given(conninfo: str, where: dict[str, str]) -> None:
+    assert asked(Hosts(conninfo)) == [where]
 
 
-def test_names_and_addresses_stay_together() -> None:
-    hosts = Hosts("host=a,b hostaddr=10.0.0.1,10.0.0.2 port=7")
-    assert hosts.choose(2.0)[0] == {"host": "a", "hostaddr": "10.0.0.1", "port": "7"}
-    assert hosts.choose(2.0)[0] == {"host": "b", "hostaddr": "10.0.0.2", "port": "7"}
+def test_each_of_several_hosts_has_its_port_and_its_address() -> None:
+    assert asked(Hosts("host=a,b hostaddr=10.0.0.1,10.0.0.2 port=1,2")) == [
+        {"host": "a", "hostaddr": "10.0.0.1", "port": "1"},
+        {"host": "b", "hostaddr": "10.0.0.2", "port": "2"},
+    ]
+    assert [where["port"] for where in asked(Hosts("host=a,b port=7"))] == ["7", "7"]
 
 
 def test_hosts_of_the_environment_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGHOST", "a,b")
     monkeypatch.setenv("PGPORT", "1,2")
-    assert Hosts("dbname=x").choose(4.0)[0] == {"host": "a,b", "port": "1,2"}
-    assert Hosts("host=c port=3").choose(4.0)[0] == {}
+    assert asked(Hosts("dbname=x")) == [{"host": "a", "port": "1"}, {"host": "b", "port": "2"}]
+    assert [where["host"] for where in asked(Hosts("host=c port=3"))] == ["c"]
 
 
-def test_whoever_asked_for_other_sessions_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGTARGETSESSIONATTRS", "any")
-    assert "target_session_attrs" not in Hosts("host=a,b").choose(4.0)[1]
+def test_who_answered_is_asked_first_and_who_did_not_in_time_last() -> None:
+    hosts = Hosts("host=a,b,c")
+
+    def order() -> str:
+        return "".join(where["host"] for where in asked(hosts))
+
+    assert order() == "abc"
+    hosts.answered(1)
+    assert order() == "bca"
+    hosts.timed_out(1)
+    assert order() == "cab"
+    hosts.timed_out(0)  # it was not the first: another call has moved on already
+    assert order() == "cab"
+    hosts.timed_out(2)
+    assert order() == "abc"
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5, 2.0, 3.9, 4.0, 7.0, 60.0])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_silent_hosts_share_what_is_left_and_none_gets_a_useless_bit(left: float, count: int) -> None:
+    total, given = left, []
+    for takers in range(count, 0, -1):
+        given.append(share(left, takers))
+        left -= given[-1]
+    assert sum(given) == pytest.approx(total)
+    assert all(seconds >= min(total, LEAST) - 1e-9 for seconds in given[: max(1, int(total / LEAST))])
+
+
+def test_a_name_is_asked_at_each_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        (family, socket.SOCK_STREAM, 6, "", (address, 0))
+        for family, address in ((socket.AF_INET6, "::1"), (socket.AF_INET, "10.0.0.1"))
+        for _ in range(2)
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    assert addresses({"host": "db", "port": "1"}) == [
+        {"host": "db", "port": "1", "hostaddr": "::1"},
+        {"host": "db", "port": "1", "hostaddr": "10.0.0.1"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"host": ""}, {"host": "/run"}, {"host": "@abstract"}, {"host": "a", "hostaddr": "10.0.0.1"}],
+)
+def test_what_needs_no_resolver_does_not_ask_it(
+    monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert addresses(where) == [where]
+
+
+def test_a_name_that_nobody_knows_is_an_error_of_connecting() -> None:
+    with pytest.raises(psycopg.OperationalError, match=r'host name "no\.invalid"'):
+        addresses({"host": "no.invalid"})
+    with pytest.raises(psycopg.OperationalError, match="could not translate"):
+        addresses({"host": "." * 100})

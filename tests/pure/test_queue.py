@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 
-from triojobs._codec import CborCodec, JsonCodec
+from triojobs._codec import CborCodec, EncodeError, JsonCodec
 from triojobs._errors import OptionError
 from triojobs._model import NewRow
 from triojobs._queue import NewJob, Queue, Worker, new_row
@@ -189,6 +190,52 @@ def test_a_codecs_name_fits_into_its_column() -> None:
         Queue("q", codec=Long())
 
 
+class Plain:
+    """A class that msgspec knows nothing about."""
+
+
+@dataclass
+class Holder:
+    inner: list[Plain]
+
+
+@dataclass
+class Node:
+    """Describes itself, and another class."""
+
+    next: Node | None
+    other: Sequence[object]
+
+
+@dataclass
+class Early:
+    later: Later  # type: ignore[name-defined]  # noqa: F821 - as in a module that defines it below
+
+
+@pytest.mark.parametrize("field", ["payload", "result"])
+@pytest.mark.parametrize("codec", [CborCodec(), JsonCodec()])
+@pytest.mark.parametrize("declared", [Plain, Holder, dict[str, Plain], Node | Holder, complex, "int", 3])
+def test_a_type_that_no_value_can_be_sent_as_is_refused_where_it_is_declared(
+    field: str, codec: Any, declared: Any
+) -> None:
+    types = {"payload": int, "result": int, field: declared}
+    with pytest.raises(OptionError, match="a type that msgspec can convert") as caught:
+        Queue("q", types["payload"], result=types["result"], codec=codec)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("declared", [Node, Early, object, dict[str, object], Hashable, None, int | str, Any])
+def test_a_type_that_may_be_sent_is_not_refused(declared: Any) -> None:
+    assert Queue("q", declared, result=declared).payload is declared
+
+
+def test_the_types_of_another_codec_are_its_own_business() -> None:
+    class Pickier(CborCodec):
+        name = "pickier"
+
+    assert Queue("q", Plain, codec=Pickier()).payload is Plain
+
+
 def test_queues_and_workers_show_themselves() -> None:
     assert repr(Queue("emails", int)) == "Queue('emails', int)"
     assert repr(Worker(queue, handle, concurrency=3)) == "Worker('emails', concurrency=3)"
@@ -239,3 +286,32 @@ def test_a_workers_options_have_ranges(field: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
         Worker(queue, handle, **{field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("codec", [CborCodec(), JsonCodec()], ids=["cbor", "json"])
+def test_a_result_of_none_is_encoded_like_any_other(codec: CborCodec | JsonCodec) -> None:
+    queue = Queue("q", codec=codec)
+    assert queue.encode_result(None) == codec.encode(None)
+    assert queue.decode_result(queue.encode_result(None), codec.name) is None
+
+
+def test_a_result_of_none_is_refused_where_it_is_none() -> None:
+    with pytest.raises(EncodeError, match="result"):
+        Queue("q", int, result=int).encode_result(None)
+    with pytest.raises(EncodeError, match="at most 3 bytes"):
+        Queue("q", codec=JsonCodec(), result_limit=3).encode_result(None)
+
+
+def test_a_users_codec_encodes_each_result_of_none() -> None:
+    class Counting(CborCodec):
+        calls = 0
+
+        def encode(self, value: Any) -> bytes:
+            self.calls += 1
+            return super().encode(value)
+
+    codec = Counting()
+    queue = Queue("q", codec=codec)
+    before = codec.calls
+    queue.encode_result(None)
+    assert codec.calls > before

@@ -148,6 +148,7 @@ async def test_rows_that_came_back_are_given_back(autojump_clock: trio.testing.M
         assert await group.client.result(job_id, NUMBERS) == 2
         assert (group.statistics().stale, group.statistics().registrations) == (0, 1)
     assert runs == [1, 1]
+    assert group.report.released == 1
     database.check_invariants()
 
 
@@ -253,7 +254,7 @@ async def test_a_claim_that_was_lost_before_its_handler_began_is_not_started() -
         triojobs.Worker(NUMBERS, handler, concurrency=1),
         live,
         MemoryStore(),
-        busy_ids=Counter(),
+        busy_ids=set(),
         on_free=lambda: None,
     )
     lost, kept = (

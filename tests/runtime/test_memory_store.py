@@ -208,7 +208,7 @@ async def test_a_call_without_time_left_is_broken_off() -> None:
 async def test_a_mock_clock_moves_delays(autojump_clock: trio.testing.MockClock) -> None:
     store = MemoryStore()
     group_id = (await register(store)).group_id
-    await store.enqueue([replace(ROW, delay=3600.0)])
+    await store.enqueue([ROW._replace(delay=3600.0)])
     order = ClaimOrder(group_id, 1, 1, {"q": 1}, promote=["q"])
     reply = await store.claim(order, lambda claims: None)
     assert reply.next_due_in == 3600.0
@@ -220,7 +220,7 @@ async def test_a_mock_clock_moves_delays(autojump_clock: trio.testing.MockClock)
 async def test_times_are_told_on_a_fixed_calendar(autojump_clock: trio.testing.MockClock) -> None:
     store = MemoryStore()
     noon = dt.datetime(2000, 1, 1, 12, tzinfo=dt.UTC)
-    [job] = await store.enqueue([replace(ROW, run_at=noon)])
+    [job] = await store.enqueue([ROW._replace(run_at=noon)])
     assert store.database.utc_now() == store.database.at(0.0) == dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
     await trio.sleep(12 * 3600.0)
     assert store.database.utc_now() == noon

@@ -6,7 +6,6 @@ A process that goes on after a stop beyond its lease would begin what others hav
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ async def test_no_handler_starts_after_the_lease_was_given_up(isolation: str) ->
         triojobs.Worker(QUEUE, handler, concurrency=2),
         live,
         store,
-        busy_ids=Counter(),
+        busy_ids=set(),
         on_free=lambda: None,
     )
     claims = [claim(job_id, live.group_id) for job_id in (1, 2)]

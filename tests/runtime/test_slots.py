@@ -1,9 +1,8 @@
-"""One slot, without fetcher and database: its cancel scope, from job to job."""
+"""Slots without fetcher and database: how they wake, and a slot's cancel scope from job to job."""
 
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,24 +21,28 @@ from triojobs._registration import LiveRegistration
 QUEUE: triojobs.Queue[Any, Any] = triojobs.Queue("q")
 
 
-class OneSlot:
-    """A worker with one slot, and claims that are handed to it directly."""
+class FewSlots:
+    """A worker with one slot or a few, and claims that are handed to them directly."""
 
-    def __init__(self, handler: Any) -> None:
+    def __init__(self, handler: Any, concurrency: int) -> None:
         record = Registration(uuid.uuid4(), "test", "localhost", 1, "0", lease_duration=30.0)
         self.live = LiveRegistration(record, Lease(duration=30.0, margin=5.0, interval=6.0))
         store: Any = None
         self.slots = Slots(
-            triojobs.Worker(QUEUE, handler, concurrency=1),
+            triojobs.Worker(QUEUE, handler, concurrency=concurrency),
             self.live,
             store,
-            busy_ids=Counter(),
+            busy_ids=set(),
             on_free=lambda: None,
         )
 
-    def hand_in(self, job_id: int, timeout: float | None = None) -> None:
-        """Claim a job and give it to the slot, busy or not."""
-        claim = Claim(
+    def hand_in(self, *job_ids: int, timeout: float | None = None) -> None:
+        """Claim jobs and give them to the slots, busy or not."""
+        self.live.ledger.book([self._claim(job_id, timeout) for job_id in job_ids])
+        self.slots.hand_in(self.live.ledger.take_booked(), trio.current_time())
+
+    def _claim(self, job_id: int, timeout: float | None) -> Claim:
+        return Claim(
             job_id=job_id,
             claim_no=job_id,
             group_id=self.live.group_id,
@@ -58,18 +61,18 @@ class OneSlot:
             metadata=None,
             last_error=None,
         )
-        self.live.ledger.book([claim])
-        self.slots.hand_in(self.live.ledger.take_booked(), trio.current_time())
 
     def ended(self) -> dict[int, Outcome]:
         return {s.job_id: s.outcome for s in self.live.ledger.ended(100)}
 
 
 @asynccontextmanager
-async def one_slot(handler: Any) -> AsyncIterator[OneSlot]:
-    slot = OneSlot(handler)
+async def few_slots(handler: Any, *, concurrency: int = 1) -> AsyncIterator[FewSlots]:
+    slot = FewSlots(handler, concurrency)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(slot.slots.slot)
+        for _ in range(concurrency):
+            nursery.start_soon(slot.slots.slot)
+        await trio.testing.wait_all_tasks_blocked()
         yield slot
         nursery.cancel_scope.cancel()
 
@@ -92,7 +95,7 @@ async def test_the_next_job_does_not_meet_a_scope_that_was_used_up(
                 return
         await trio.lowlevel.checkpoint()
 
-    async with one_slot(handler) as slot:
+    async with few_slots(handler) as slot:
         slot.hand_in(1, timeout=1.0 if why == "timeout" else None)
         await running.wait()
         if why == "timeout":
@@ -113,7 +116,7 @@ async def test_a_job_that_ended_in_time_takes_its_deadline_with_it(autojump_cloc
         started.append(job.id)
         await trio.sleep(0.5 if job.id == 1 else 5.0)
 
-    async with one_slot(handler) as slot:
+    async with few_slots(handler) as slot:
         slot.hand_in(1, timeout=1.0)
         slot.hand_in(2)
         await trio.sleep(10.0)
@@ -125,7 +128,7 @@ async def test_a_request_for_an_older_claim_cancels_nobody(autojump_clock: Any) 
     async def handler(job: triojobs.Job[Any]) -> None:
         await trio.sleep(1.0)
 
-    async with one_slot(handler) as slot:
+    async with few_slots(handler) as slot:
         slot.hand_in(7)
         await trio.testing.wait_all_tasks_blocked()
         assert not slot.slots.cancel(CancelRequest(7, 6, "of the last attempt"))
@@ -134,9 +137,36 @@ async def test_a_request_for_an_older_claim_cancels_nobody(autojump_clock: Any) 
     assert slot.ended() == {7: Outcome.DONE}
 
 
+async def test_jobs_that_wait_hold_up_none_of_those_behind_them(autojump_clock: Any) -> None:
+    started: list[int] = []
+
+    async def handler(job: triojobs.Job[Any]) -> None:
+        started.append(job.id)
+        await trio.sleep_forever()
+
+    async with few_slots(handler, concurrency=7) as slots:
+        slots.hand_in(1, 2, 3, 4, 5)
+        slots.hand_in(6)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(started) == [1, 2, 3, 4, 5, 6]
+        slots.hand_in(7)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(started) == [1, 2, 3, 4, 5, 6, 7]
+
+
 MUTANTS = {
+    "a slot that takes a job wakes nobody": (
+        code(Slots, "slot", ("self.wake_some()", "pass")),
+        test_jobs_that_wait_hold_up_none_of_those_behind_them,
+        {},
+    ),
+    "a slot that woke counts as waking for ever": (
+        code(Slots, "_sleep", ("self._waking -= 1", "pass")),
+        test_jobs_that_wait_hold_up_none_of_those_behind_them,
+        {},
+    ),
     "a slot keeps a scope that is used up": (
-        code(Slots, "slot", ("if scope.cancel_called:", "if False:")),
+        code(Slots, "slot", ("if running.may_be_cancelled and scope.cancel_called:", "if False:")),
         test_the_next_job_does_not_meet_a_scope_that_was_used_up,
         {"why": "timeout", "returns": True},
     ),

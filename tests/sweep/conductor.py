@@ -27,7 +27,7 @@ T = TypeVar("T")
 LATENCY: Final = 20  # points before and after the effect of a call, at most
 SLOW: Final = 0.1  # the share of the pauses that take virtual seconds
 SLOW_SECONDS: Final = 0.1  # at most
-POINT_LIMIT: Final = 30_000  # more is a spin
+TURN_LIMIT: Final = 20_000  # points and passes of the loop; an ordinary run has some hundreds
 
 
 @dataclass(eq=False)
@@ -42,7 +42,8 @@ class Conductor(trio.abc.Instrument):
     """Counts schedule points, fires at some of them, and moves virtual threads.
 
     Args:
-        shots: at which points `fire` is called. spin: called when there is no end of points.
+        shots: at which points `fire` is called. spin: called when there is no end of points and of the
+        loop's passes; once more after as many again.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Conductor(trio.abc.Instrument):
         self._fire = fire
         self._spin = spin
         self._runnable = 0
+        self._turns = 0
         self._flights: list[Flight] = []
         self._token: trio.lowlevel.TrioToken
 
@@ -75,6 +77,7 @@ class Conductor(trio.abc.Instrument):
                 self._land(flight)
 
     def before_io_wait(self, timeout: float) -> None:
+        self._turn()
         if self._runnable or not self._flights:
             return
         if self._point():
@@ -92,12 +95,21 @@ class Conductor(trio.abc.Instrument):
         fired = False
         while self._shots and self.points >= self._shots[-1]:
             self._shots.pop()
-            self._fire()
             fired = True
+            try:
+                self._fire()
+            except (
+                Exception
+            ) as exc:  # Trio would take an instrument that raises away, and all would stand still
+                self._spin(f"the injection fell over {exc!r}")
         self.points += 1
-        if self.points == POINT_LIMIT:
-            self._spin(f"more than {POINT_LIMIT} points: it spins")
+        self._turn()
         return fired
+
+    def _turn(self) -> None:
+        self._turns += 1
+        if self._turns % TURN_LIMIT == 0:
+            self._spin(f"more than {self._turns} turns: it spins")
 
     def _land(self, flight: Flight) -> None:
         self._flights.remove(flight)

@@ -47,7 +47,7 @@ def deterministic(seed: int) -> Iterator[random.Random]:
 
         patch(uuid, "uuid4", lambda: uuid.UUID(int=ids.getrandbits(128), version=4))
         patch(_handling, "time", types.SimpleNamespace(perf_counter=perf_counter))
-        patch(_flusher, "threading", lockstep.THREADING)
+        patch(_flusher, "ThreadEvent", lockstep.LockstepEvent)
         patch(_flusher, "time", types.SimpleNamespace(monotonic=lockstep.monotonic))
         patch(_client, "check_cancelled", lockstep.check_cancelled)
         yield own

@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from triojobs._client import on_loop
 from triojobs._handling import Running
 
 from .world import World
@@ -68,7 +69,10 @@ def _sibling(world: World) -> None:
 
 def _stop(world: World) -> None:
     assert world.record.group is not None
-    world.record.group.stop()
+    if on_loop():
+        world.record.group.stop()
+    else:  # the loop is about to wait: whoever calls now is a thread or a signal
+        world.record.group.stop_from_thread()
 
 
 def _sigint(world: World) -> None:

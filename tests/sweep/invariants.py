@@ -46,6 +46,9 @@ def _ends(record: Record) -> Iterator[str]:
 def _no_row_running(record: Record) -> Iterator[str]:
     if record.exit is not None and record.exit.leases:
         yield f"jobs {record.exit.leases}"
+    leases = record.database.tables.leases.values()
+    if late := [row.id for row in leases if row.group_id in record.ours]:
+        yield f"jobs {late} in the end"
 
 
 def _group_closed(record: Record) -> Iterator[str]:
@@ -79,6 +82,17 @@ def _only_permitted_errors(record: Record) -> Iterator[str]:
     if record.failed_call in OPENING:
         permitted += (triojobs.DatabaseError,)
     yield from (repr(leaf) for leaf in _leaves(record.error) if not isinstance(leaf, permitted))
+
+
+def _errors_come_out(record: Record) -> Iterator[str]:
+    """What ends a program must not be lost on the way out of the group."""
+    due: set[type[BaseException]] = {Boom} if record.raised_boom else set()
+    struck = any(run.struck and run.fence[0] in record.ours for run in record.journal.runs)
+    if struck or [mode for mode, _ in record.injections] == ["sigint"]:
+        due.add(KeyboardInterrupt)
+    # One that is interrupted by the other takes it along, or it is the other's context.
+    if due and not due & {type(leaf) for leaf in _leaves(record.error)}:
+        yield f"{' and '.join(sorted(kind.__name__ for kind in due))} did not: {record.error!r}"
 
 
 def _exit_in_time(record: Record) -> Iterator[str]:
@@ -210,6 +224,16 @@ def _stop_lets_handlers_end(record: Record) -> Iterator[str]:
                 yield f"{run.name} was interrupted"
 
 
+def _interrupted_for_a_reason(record: Record) -> Iterator[str]:
+    """What happens to one job does not cut another one's handler off."""
+    if record.case.fault is not None or not record.injected <= {"job_cancel", "timeout", "own_scope"}:
+        return
+    for run in record.journal.runs:
+        reason = run.job_id in record.cancels or run.limit <= run.ended_at
+        if run.ended == "interrupted" and not reason and run.fence[0] in record.ours:
+            yield f"{run.name} was interrupted"
+
+
 def _everything_done(record: Record) -> Iterator[str]:
     """What does not end the group must not keep jobs from their end; and a rival does what ours leaves."""
     tables, ended = record.database.tables, record.error is not None or record.injected & ENDING
@@ -221,6 +245,8 @@ def _everything_done(record: Record) -> Iterator[str]:
             continue
         kind = JOBS.decode_payload(body.row.payload, body.row.encoding)
         allowed = {ENDS.get(kind, "done")} | ({"cancelled"} if job_id in record.cancels else set())
+        if any(run.cut for run in record.journal.runs if run.job_id == job_id):
+            allowed.add("done")  # a scope of its own, cancelled, is its business; it went on and returned
         if status not in allowed:
             yield f"job {job_id} ({kind}) is {status}"
 
@@ -311,6 +337,7 @@ CHECKS: Final = {
         _ledger_empty,
         _no_token_leaked,
         _only_permitted_errors,
+        _errors_come_out,
         _exit_in_time,
         _tables_consistent,
         _done_iff_returned,
@@ -321,6 +348,7 @@ CHECKS: Final = {
         _lease_kept,
         _lost_lease_ends_handlers,
         _stop_lets_handlers_end,
+        _interrupted_for_a_reason,
         _everything_done,
         _cancelled_is_final,
         _answers_true,

@@ -64,6 +64,7 @@ class Run:
     Attributes:
         ended: running, returned, failed (raised while nobody cancelled it), interrupted, snoozed, killed.
         limit: when its timeout is over. committed: Job.commit has returned. cut: by a scope of its own.
+        struck: by Ctrl-C.
         sure, unsure: jobs that it enqueued, by what the calls told. refused: an enqueue found the
         group closed.
     """
@@ -78,6 +79,7 @@ class Run:
     limit: float = math.inf
     committed: bool = False
     cut: bool = False
+    struck: bool = False
     sure: int = 0
     unsure: int = 0
     refused: bool = False
@@ -157,6 +159,7 @@ class Handlers:
             self._interrupted()
         except BaseException as exc:
             run.ended = _ended(exc)
+            run.struck = isinstance(exc, KeyboardInterrupt)
             raise
         else:
             run.ended = "returned"

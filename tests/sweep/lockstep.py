@@ -8,7 +8,6 @@ Trio task answers in virtual time; then it has the floor again. So the productio
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -69,7 +68,7 @@ async def run_lockstep(fn: Callable[[], T]) -> T:
 
 
 class LockstepEvent:
-    """threading.Event for a lockstep thread; set on the loop."""
+    """triojobs._flusher.ThreadEvent for a lockstep thread; set on the loop."""
 
     def __init__(self) -> None:
         self._event = trio.Event()
@@ -106,7 +105,3 @@ def _ask(question: Question) -> Any:
 
 async def _now() -> float:
     return trio.current_time()
-
-
-THREADING = types.SimpleNamespace(Event=LockstepEvent, Condition=threading.Condition)
-"""What `_flusher` sees in place of the module."""

@@ -19,6 +19,7 @@ from .jobs import CHILD, KINDS, TIMEOUT, UNIT, ClaimName
 JOBS: Final[triojobs.Queue[str, Any]] = triojobs.Queue("jobs", str)
 CHILDREN: Final[triojobs.Queue[str, Any]] = triojobs.Queue("children", str)
 RETRY: Final = triojobs.Backoff(first=0.05, limit=0.1)
+FAMILY: Final = 6  # seeds that belong together
 MAX_ATTEMPTS: Final = 9  # retired twice, and failed by itself
 
 
@@ -58,18 +59,19 @@ class Program:
 
 @cache
 def program(seed: int) -> Program:
-    """Three seeds in a row have every kind of job once, in another division than the three before."""
-    triple = random.Random(f"{seed // 3} kinds")
-    kinds = triple.sample(KINDS, len(KINDS))[seed % 3 :: 3]
-    one = random.Random(f"{seed} program")
+    """Six seeds in a row have every kind of job once and every neighbour, in another division than others."""
+    family, nth = random.Random(f"{seed // FAMILY} family"), seed % FAMILY
+    kinds = family.sample(KINDS, len(KINDS))[nth::FAMILY]
+    rival, *outsider = family.sample(range(FAMILY), 3)
+    polls, tasks, capped = (family.randrange(FAMILY) for _ in range(3))
     return Program(
         kinds=tuple(kinds),
-        isolation=one.choice(("slot", "task")),
-        slots=one.choice((2, 3)),
-        cap=one.choice((None, None, 2)),
-        notify=one.random() < 0.75,
-        rival=one.random() < 0.4,
-        outsider=one.random() < 0.5,
+        isolation="task" if nth == tasks else "slot",
+        slots=family.choice((2, 3)),
+        cap=2 if nth == capped else None,
+        notify=nth != polls,
+        rival=nth == rival,
+        outsider=nth in outsider,
     )
 
 

@@ -77,8 +77,7 @@ class Record:
         injections: what was injected when, but for what found nobody to disturb.
         cancels: job → when `cancel` had said True (inf: it may have). noticed: what did not hold for a
         moment. lost_claims: those that no ledger was told of. swept: those that a comparison gave
-        back. rescued: the `no` of outcomes that an
-        injected rescue wrote.
+        back whose reply was lost. rescued: the `no` of outcomes that an injected rescue wrote.
     """
 
     case: Case
@@ -91,6 +90,7 @@ class Record:
     calls: list[str] = field(default_factory=list)
     failed_call: str | None = None
     shots: int = 0
+    raised_boom: bool = False
     injections: list[tuple[str, float]] = field(default_factory=list)
     cancels: dict[int, float] = field(default_factory=dict)
     replaced: set[int] = field(default_factory=set)
@@ -103,6 +103,12 @@ class Record:
     quiet: bool = False
     error: BaseException | None = None
     stuck: str | None = None
+
+    def failed_with(self, exc: BaseException) -> None:
+        """Note what was raised beside, or after, what we know already."""
+        self.error = (
+            exc if self.error is None else BaseExceptionGroup("all that was raised", [self.error, exc])
+        )
 
     @property
     def program(self) -> Program:

@@ -15,7 +15,8 @@ import trio
 from triojobs._model import Claim
 from triojobs._postgres import PostgresStore
 
-from .gate import MODES, POINTS, Gate, Place
+from .gate import Gate
+from .gate_program import POINTS, Place
 
 CALLS = ("registering the worker group", "claiming jobs", "settling N job(s)", "closing the worker group")
 
@@ -34,7 +35,8 @@ def test_at_every_point_of_every_operation_all_modes_leave_clean_rows(gate: Gate
     assert {place.point for place in first.values()} == set(POINTS)
     reached = 0
     for n, place in enumerate(first.values()):
-        for mode in (MODES[n % 4], MODES[(n + 1) % 4]):
+        for turn in (0, 1):
+            mode = place.modes[(2 * n + turn) % len(place.modes)]
             program, _ = gate.one(mode, place)
             reached += program.injected_at is not None
     assert not gate.found, "\n".join(gate.found)

@@ -29,11 +29,13 @@ from .conductor import Conductor
 from .determinism import lift_shields
 from .jobs import DISOBEYS, Handlers
 from .program import CHILDREN, JOBS, RETRY, rows
-from .record import Case, Exit, Record
+from .record import Case, ClaimName, Exit, Record
 
 T = TypeVar("T")
 
 VIRTUAL_LIMIT: Final = 200.0  # seconds; longer is a hang
+HEAD_START: Final = 0.03  # seconds of ours before the rival: it shall get what is given back, not everything
+PATIENCE: Final = 3  # how often a run is asked to end before its loop is broken off
 
 FAULTS: Final = ("refused", "lost_before", "lost_after", "late")
 """refused: a clean, transient error. lost: no reply, before or after the call had its effect. late: no
@@ -78,17 +80,22 @@ class FaultyStore(PlainStore):
         known: Callable[[], Sequence[tuple[int, int]]],
         missing: Callable[[Sequence[tuple[int, int]]], None],
     ) -> Compared | None:
+        swept: set[ClaimName] = set()
+
         def noted() -> Sequence[tuple[int, int]]:
-            # What goes back here was never in a ledger, so the report cannot count it.
             claims = known()
-            self.world.record.swept |= {
+            swept.update(
                 (row.id, row.group_id, row.claim_no)
                 for row in self.world.database.tables.leases.values()
                 if row.group_id == group_id and (row.id, row.claim_no) not in claims
-            }
+            )
             return claims
 
-        return await super().compare(group_id, noted, missing)
+        try:
+            return await super().compare(group_id, noted, missing)
+        except triojobs.DatabaseError:
+            self.world.record.swept |= swept  # without the reply the report cannot count them
+            raise
 
     async def _call(
         self,
@@ -128,10 +135,12 @@ class FaultyStore(PlainStore):
 
 
 class World:
-    """Everything that runs in one run."""
+    """Everything that runs in one run. `break_off` is called when it does not end."""
 
-    def __init__(self, case: Case, conductor: Conductor) -> None:
+    def __init__(self, case: Case, conductor: Conductor, break_off: Callable[[], None]) -> None:
         self.case = case
+        self.break_off = break_off
+        self._given_up = 0
         self.conductor = conductor
         self.database = MemoryDatabase()
         self.record = Record(case, self.database)
@@ -160,7 +169,7 @@ class World:
             try:
                 await self.others_ended.wait()
             except KeyboardInterrupt as exc:  # it came when we were leaving already
-                self.record.error = self.record.error or exc
+                self.record.failed_with(exc)
 
     async def _others(self) -> None:
         """Not below the main task: a Ctrl-C there is none of their business."""
@@ -207,6 +216,7 @@ class World:
 
     async def _sibling(self) -> None:
         await self.boom.wait()
+        self.record.raised_boom = True
         raise Boom
 
     def _workers(self, handlers: Handlers) -> list[Worker[Any, Any]]:
@@ -220,6 +230,8 @@ class World:
     async def _rival(self) -> None:
         handlers = Handlers(self.record.journal, self.conductor, CHILDREN)
         context = GroupContext(partial(PlainStore, self), self._workers(handlers), self.record.options)
+        with trio.move_on_after(HEAD_START):
+            await self.ours_ended.wait()
         async with context as group:
             self.record.rival = group
             handlers.client = group.client
@@ -263,14 +275,19 @@ class World:
     # The way out of a run that would hang.
 
     async def _watch(self) -> None:
-        await trio.sleep(VIRTUAL_LIMIT)
-        self.give_up(f"still running after {VIRTUAL_LIMIT:g} virtual seconds")
+        while True:
+            await trio.sleep(VIRTUAL_LIMIT)
+            self.give_up(f"still running after {VIRTUAL_LIMIT:g} virtual seconds")
 
     def give_up(self, why: str) -> None:
-        """Lift every shield and cancel."""
+        """Lift every shield and cancel; if that does not help, break the loop off."""
         self.record.stuck = self.record.stuck or why
+        self._given_up += 1
+        if self._given_up > PATIENCE:
+            self.break_off()
         for task in _tasks(trio.lowlevel.current_root_task()):
             lift_shields(task)
+        self.outer.cancel()
         self.nursery.cancel_scope.cancel()
         self.quiet.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -43,6 +44,11 @@ async def commits(job: triojobs.Job[str]) -> str:
     return sent
 
 
+@dataclass(frozen=True)
+class Letter:
+    to: str
+
+
 async def test_inside_trio_it_says_where_to_call_it() -> None:
     with pytest.raises(triojobs.TriojobsError, match="synchronous test"):
         testing.explore(triojobs.Worker(queue, waits_then_sends), "ada")
@@ -54,6 +60,23 @@ def test_a_handler_that_is_safe_passes_and_was_really_cancelled() -> None:
     )
     assert done.cancelled > 2
     assert done.runs > done.cancelled
+
+
+def test_a_handler_alone_gets_a_queue_of_its_payloads_class() -> None:
+    seen: list[object] = []
+
+    async def handler(job: triojobs.Job[Letter]) -> None:
+        await trio.sleep(1)
+        seen.append(job.payload)
+
+    done = testing.explore(handler, Letter("ada"), before=seen.clear)
+    assert done.cancelled > 1
+    assert seen == [Letter("ada")]
+
+
+def test_what_is_no_handler_is_refused() -> None:
+    with pytest.raises(triojobs.OptionError, match="worker is 'handler', but must be"):
+        testing.explore("handler", "ada")  # type: ignore[arg-type]
 
 
 def test_a_handler_that_doubles_its_effect_is_found_and_the_run_can_be_repeated() -> None:

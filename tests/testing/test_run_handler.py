@@ -36,6 +36,13 @@ async def test_a_handler_that_returns_is_done_with_its_result() -> None:
     assert ended.job.status == "done"
 
 
+async def test_a_handler_alone_gets_a_queue_of_its_payloads_class() -> None:
+    async def handler(job: triojobs.Job[Mail]) -> str:
+        return f"to {job.payload.to}"
+
+    assert (await testing.run_handler(handler, Mail("ada"))).result == "to ada"
+
+
 async def test_a_handler_sees_the_attempt_that_was_asked_for_and_the_error_before_it() -> None:
     async def handler(job: triojobs.Job[Mail]) -> str:
         return f"{job.attempt} of {job.max_attempts} after {job.last_error}"

@@ -29,9 +29,10 @@ UP, DOWN = "up", "down"  # from the client to the server, and back
 class Statement:
     """The next statement that contains `text`, and what is to happen to it."""
 
-    def __init__(self, text: bytes, *, hold: bool) -> None:
+    def __init__(self, text: bytes, *, hold: bool, behind: int = 0) -> None:
         self.text = text
         self.hold = hold
+        self.behind = behind  # answers to others, sent in the same pipeline, that come first
         self.sent = threading.Event()  # the client sent it
         self.answered = threading.Event()  # the server executed it
 
@@ -46,6 +47,7 @@ class Link:
         self.open = {UP, DOWN}  # directions, as the rest
         self.frozen: set[str] = set()
         self.dead = False
+        self.doomed = False  # it is reset as soon as what came before has been sent on
         self.watched: Statement | None = None
         self.refusing: str | None = None  # SQLSTATE, until the client's Sync
         self.in_transaction = False
@@ -76,6 +78,7 @@ class FaultProxy:
 
     def __init__(self, target: str | tuple[str, int], listener: socket.socket) -> None:
         self.delay = 0.0  # seconds that each direction takes longer
+        self.bytewise = False  # send on byte by byte
         self._target = target
         self._listener = listener
         self._changed = threading.Condition()
@@ -156,9 +159,12 @@ class FaultProxy:
 
     # One message.
 
-    def lose_reply(self, text: bytes) -> Statement:
-        """Let the next statement that contains `text` be executed, and reset its connection then."""
-        return self._watch(Statement(text, hold=False))
+    def lose_reply(self, text: bytes, *, behind: int = 0) -> Statement:
+        """Let the next statement that contains `text` be executed, and reset its connection then.
+
+        `behind`: so many synchronization points of its pipeline come before it; their answers pass.
+        """
+        return self._watch(Statement(text, hold=False, behind=behind))
 
     def hold(self, text: bytes) -> Statement:
         """Hold the next statement that contains `text` back: its connection is frozen, see `freeze`."""
@@ -236,7 +242,12 @@ class FaultProxy:
                 if self.delay:
                     time.sleep(self.delay)
                 self._wait_for_flow(link, way)
-                sink.sendall(onwards)
+                for piece in (
+                    [onwards] if not self.bytewise else (onwards[i : i + 1] for i in range(len(onwards)))
+                ):
+                    sink.sendall(piece)
+                if link.doomed:
+                    link.reset()
             self._wait_for_flow(link, way)  # nobody hears of a farewell in a black hole
             sink.shutdown(socket.SHUT_WR)  # what was said before it is still answered
             link.open.discard(way)
@@ -301,18 +312,20 @@ class FaultProxy:
 
     def _judge_down(self, link: Link, message: wire.Message) -> bytes:
         """Return what to send to the client instead of this message of the server."""
-        if self._deaf or (message.kind == wire.NOTIFICATION and self._without_notifications):
+        if self._deaf or link.doomed or (message.kind == wire.NOTIFICATION and self._without_notifications):
             return b""
         if message.kind == wire.READY:
             link.in_transaction = message.body != b"I"
         watched = link.watched
         if watched is None:
             return message.raw
+        if watched.behind:
+            watched.behind -= message.kind == wire.READY
+            return message.raw
         if message.kind == wire.READY:  # so it has been executed
             link.watched = None
-            if not watched.hold:
-                link.reset()
-            watched.answered.set()
+            watched.answered.set()  # first: whoever sees the reset may look
+            link.doomed = not watched.hold
         return message.raw if watched.hold else b""
 
 

@@ -47,6 +47,16 @@ def sql(module: Any, name: str, old: str, new: str) -> Patch:
     return apply
 
 
+def all_of(*patches: Patch) -> Patch:
+    """Make several changes, which are one mistake together."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        for each in patches:
+            each(patch)
+
+    return apply
+
+
 async def noticed(test: Test, **values: Any) -> None:
     """Run a test that must fail because of what it asserts or waits for, and not by an accident."""
     wanted = {name: values[name] for name in inspect.signature(test).parameters if name in values}

@@ -49,6 +49,15 @@ def retire_groups(conninfo: str) -> int:
         return groups.rescue(conn, "triojobs").jobs
 
 
+def end_sessions(conninfo: str) -> None:
+    """Have the server end every session of worker groups and clients on this database."""
+    rows(
+        conninfo,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'triojobs %%'",
+    )
+
+
 @dataclass(frozen=True)
 class Ended:
     """What became of a job and of its group."""

@@ -30,6 +30,7 @@ PROMOTE_LIMIT: Final = 1000  # rows per statement: 3.4 ms, so a promotion never 
 # * The body is LEFT JOINed: a missing body must come out as a row, never vanish into leases. OFFSET 0
 #   keeps the look-up one by one: a plan made while the tables were small would hash every body, and
 #   a generic plan stays until the next ANALYZE.
+# * date_part, not extract: the latter makes a numeric of each time first.
 # * Only bytes and numbers come back. Text that does not decode would otherwise raise here, after
 #   the commit and before the booking.
 CLAIM: Final = """
@@ -60,10 +61,9 @@ WITH me AS MATERIALIZED (
     FROM taken t
 )
 SELECT t.id, array_position(%(queues)s::text[], t.queue), t.attempts + 1, t.max_attempts, t.priority,
-       extract(epoch FROM t.run_at)::float8, extract(epoch FROM j.enqueued_at)::float8,
+       date_part('epoch', t.run_at), date_part('epoch', j.enqueued_at),
        j.payload, convert_to(j.encoding, 'UTF8'), j.timeout,
-       extract(epoch FROM j.deadline)::float8,
-       extract(epoch FROM j.deadline - clock_timestamp())::float8,
+       date_part('epoch', j.deadline), date_part('epoch', j.deadline - clock_timestamp()),
        convert_to(j.key, 'UTF8'),
        CASE WHEN j.metadata <> '{{}}' THEN convert_to(j.metadata::text, 'UTF8') END,
        CASE WHEN t.attempts > 0 THEN (

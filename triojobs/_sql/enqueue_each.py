@@ -103,7 +103,7 @@ class SharedEnqueue:
         """Send some rows in one transaction, and take their answers when it is committed."""
         self._at = None
         first = self._rows[indexes[0]]
-        if first.key is None and first.job_id is None:
+        if first.is_plain:
             found = self._try_plain(conn, indexes)
         else:
             with conn.transaction():

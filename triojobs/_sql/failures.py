@@ -31,7 +31,8 @@ FAREWELLS: Final = ("08", "57P", "25P03")
 
 # A new connection may help: besides those, the server became a standby (there may be another host), or has
 # no room for us.
-RECONNECT_SQLSTATES: Final = (*FAREWELLS, "25006", "53300")
+READ_ONLY: Final = "25006"
+RECONNECT_SQLSTATES: Final = (*FAREWELLS, READ_ONLY, "53300")
 
 NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703", "42883"})
 
@@ -90,41 +91,33 @@ def connect(
     *,
     operation: str,
     application_name: str,
-    prepare_threshold: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    **defaults: Any,
 ) -> psycopg.Connection[Any]:
-    """Open an autocommit connection, or raise DatabaseError that says what to check in the conninfo.
-
-    `defaults` are libpq parameters that a conninfo may override, `overrides` replace the conninfo's.
-    """
-    given = _checked_options(conninfo, operation=operation)
-    password = given.get("password")
+    """Open an autocommit connection, or raise DatabaseError that says what to check in the conninfo."""
+    given = checked_options(conninfo, operation=operation)
     try:
         return psycopg.connect(
             conninfo,
             autocommit=True,
-            prepare_threshold=prepare_threshold,
+            prepare_threshold=None,
             client_encoding="utf8",  # with SQL_ASCII from the environment, text would arrive as bytes
-            **{
-                name: value
-                for name, value in {"application_name": application_name, **defaults}.items()
-                if name not in given
-            },
-            **(overrides or {}),
+            application_name=given.get("application_name") or application_name,
         )
     except psycopg.Error as exc:
-        text = one_line(exc)
-        if password:
-            text = text.replace(str(password), "***")
-        transient, hint = True, UNREACHABLE_HINT
-        for words, may_heal, remedy in CONNECT_HINTS:
-            if any(word in text for word in words):
-                transient, hint = may_heal, remedy
-                break
-        raise DatabaseError(
-            text, operation=operation, hint=hint, sqlstate=exc.sqlstate, transient=transient
-        ) from exc
+        raise cannot_connect(one_line(exc), given, operation=operation, sqlstate=exc.sqlstate) from exc
+
+
+def cannot_connect(
+    text: str, options: Mapping[str, Any], *, operation: str, sqlstate: str | None = None
+) -> DatabaseError:
+    """Return the error for a failed connect with these options: without the password, with a hint."""
+    if password := options.get("password"):
+        text = text.replace(str(password), "***")
+    transient, hint = True, UNREACHABLE_HINT
+    for words, may_heal, remedy in CONNECT_HINTS:
+        if any(word in text for word in words):
+            transient, hint = may_heal, remedy
+            break
+    return DatabaseError(text, operation=operation, hint=hint, sqlstate=sqlstate, transient=transient)
 
 
 class Remedy(Enum):
@@ -169,7 +162,7 @@ def one_line(exc: psycopg.Error) -> str:
     return " ".join(text.split()) or type(exc).__name__
 
 
-def _checked_options(conninfo: str, *, operation: str) -> dict[str, Any]:
+def checked_options(conninfo: str, *, operation: str) -> dict[str, Any]:
     try:
         options = conninfo_to_dict(conninfo)
     except psycopg.Error:

@@ -1,26 +1,25 @@
-"""The hosts of a conninfo, in the order in which to try them, and how long each may take.
+"""The hosts of a conninfo: in which order to ask them, and how long to wait for each.
 
-libpq gives every host the whole connect_timeout, so a conninfo with several hosts multiplies it. Here the
-time of a call is divided among them, and when it is too short for all (libpq's least is two seconds for
-each) only as many are tried as fit; the next try begins with the others. So a call is bounded, no host
-is left out for ever, and a host that answered is asked first.
-
-A name that resolves to several addresses counts as one host, although each address gets that time. The
-resolver itself is bounded by its own settings alone (resolv.conf); addresses need none.
+The time of a call is divided among the hosts, but whoever is asked gets at least `LEAST` of it (a far
+server with TLS needs several round trips). What is too short for all is enough for the first: a host
+that did not answer in time is asked last from then on, so that the next call begins with the others. A
+host that answers is asked first. One that refuses costs no time and keeps its place.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+import socket
+from typing import Final
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-__all__ = ["Hosts"]
+__all__ = ["Hosts", "addresses", "share"]
 
-LEAST: Final = 2  # seconds that libpq waits for a host at least
-PORT: Final = "5432"  # where none is given
+LEAST: Final = 2.0  # seconds, as libpq has it
+
+Where = dict[str, str]  # host, hostaddr and port, as far as they are given
 
 
 class Hosts:
@@ -37,39 +36,53 @@ class Hosts:
         }
         self._count = max(len(self._lists["host"]), len(self._lists["hostaddr"]))
         self._first = 0
+        self.era = 0  # goes up when the primary is another one
 
-    def choose(self, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Choose for one try of about `seconds` at most (and 2 at least).
+    def __len__(self) -> int:
+        return self._count
 
-        Returns libpq parameters: those that replace the conninfo's own (whom to ask), and those that
-        the conninfo may override.
-        """
-        tried = max(1, min(self._count, int(seconds / LEAST)))
-        defaults: dict[str, Any] = {"connect_timeout": max(LEAST, int(seconds / tried))}
-        if self._count == 1:
-            return {}, defaults
-        if "PGTARGETSESSIONATTRS" not in os.environ:
-            defaults["target_session_attrs"] = (
-                "read-write"  # a standby would accept us and refuse every write
-            )
-        chosen = [(self._first + n) % self._count for n in range(tried)]
-        self._first = (self._first + tried) % self._count  # unless one of them answers
-        return self._only(chosen), defaults
+    def order(self) -> list[tuple[int, Where]]:
+        """Return every host, by number, in the order in which to ask them."""
+        numbers = [(self._first + n) % self._count for n in range(self._count)]
+        return [(n, self._where(n)) for n in numbers]
 
-    def answered(self, conn: psycopg.Connection[Any]) -> None:
-        """Note who answered: it is asked first from now on."""
-        for n in range(self._count if self._count > 1 else 0):
-            only = self._only([n])
-            names = {only.get("host"), only.get("hostaddr")} - {None, ""}
-            if names & {conn.info.host, conn.info.hostaddr} and (only.get("port") or PORT) == str(
-                conn.info.port
-            ):
-                self._first = n
+    def answered(self, host: int) -> None:
+        """Ask this one first from now on."""
+        self._first = host
 
-    def _only(self, chosen: list[int]) -> dict[str, str]:
-        """Return host, hostaddr and port of these hosts, as far as they are given; one port is everybody's."""
+    def timed_out(self, host: int) -> None:
+        """Ask this one last, if it is still the first."""
+        if self._first == host:
+            self._first = (host + 1) % self._count
+
+    def demoted(self) -> None:
+        """Trust no connection of the past: it may read for ever what is no longer true."""
+        self.era += 1
+
+    def _where(self, host: int) -> Where:
+        """Return host, hostaddr and port, as far as they are given; one port is everybody's."""
         return {
-            name: ",".join(values[n] if len(values) > 1 else values[0] for n in chosen)
+            name: values[host] if len(values) > 1 else values[0]
             for name, values in self._lists.items()
             if values != [""]
         }
+
+
+def addresses(where: Where) -> list[Where]:
+    """Return the addresses of a host, each as parameters of libpq, which would not bound each by itself.
+
+    The resolver is bounded by its own settings alone (resolv.conf); addresses need none.
+    """
+    host = where.get("host", "")
+    if not host or host.startswith(("/", "@")) or where.get("hostaddr"):
+        return [where]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise psycopg.OperationalError(f'could not translate host name "{host}" to address: {exc}') from None
+    return [{**where, "hostaddr": str(address)} for address in dict.fromkeys(item[4][0] for item in found)]
+
+
+def share(left: float, takers: int) -> float:
+    """Return the seconds for the next of so many hosts, of those that are left for all."""
+    return min(left, max(LEAST, left / takers))

@@ -30,12 +30,14 @@ LEFT JOIN LATERAL (
 ) o ON true
 """
 
-# One snapshot: a job on its way from one table to the next is in exactly one of them.
+# One snapshot: a job on its way from one table to the next is in exactly one of them. Unknown ids, which
+# have no outcome, come first.
 ENDED: Final = """
 SELECT i FROM unnest(%(ids)s::bigint[]) i
 WHERE NOT EXISTS (SELECT FROM {schema}.ready r WHERE r.id = i)
   AND NOT EXISTS (SELECT FROM {schema}.scheduled s WHERE s.id = i)
   AND NOT EXISTS (SELECT FROM {schema}.leases l WHERE l.id = i)
+ORDER BY (SELECT max(o.no) FROM {schema}.outcomes o WHERE o.job_id = i) NULLS FIRST, i
 """
 
 IDLE: Final = """
@@ -61,7 +63,7 @@ def read_jobs(conn: psycopg.Connection[Any], schema: str, ids: Sequence[int]) ->
 
 
 def ended(conn: psycopg.Connection[Any], schema: str, ids: Sequence[int]) -> list[int]:
-    """Return those ids that are neither waiting nor running: ended, or unknown."""
+    """Return those ids that are neither waiting nor running: the unknown, then the ended as they ended."""
     return [row[0] for row in conn.execute(statement(ENDED, schema), {"ids": list(ids)}).fetchall()]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import psycopg
 
 from .._model import Outcome, Settled, Settlement
+from .arrays import bytea_array, float8_array, int8_array, text_array
 from .statements import statement
 
 __all__ = ["hold_lease", "outcome_of_claim", "settle", "settle_one_done"]
@@ -43,7 +44,7 @@ WITH me AS MATERIALIZED (
     WHERE l.id = a.id AND l.claim_no = a.claim_no AND l.group_id = %(group_id)s
       AND EXISTS (SELECT FROM me)
     RETURNING l.id, l.claim_no, l.attempt, l.max_attempts, l.queue, l.priority, l.run_at, l.claimed_at,
-        a.result, a.encoding, a.delay,
+        a.result, a.encoding, coalesce(a.delay, 0) AS delay,
         CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.outcome ELSE 'cancelled' END
             AS outcome,
         CASE WHEN a.outcome = 'done' OR l.cancel_reason IS NULL THEN a.error ELSE l.cancel_reason END
@@ -95,6 +96,10 @@ INSERT INTO {schema}.outcomes (job_id, group_id, claim_no, attempt, status, resu
 SELECT id, %(group_id)s, claim_no, attempt, 'done', %(result)b, %(encoding)s, claimed_at FROM ended
 """
 
+OUTCOMES: Final[dict[str, Outcome]] = {
+    outcome.value: outcome for outcome in Outcome
+}  # 5 times as fast as a call
+
 HOLD_LEASE: Final = """
 SELECT 1 FROM {schema}.leases
 WHERE id = %(id)s AND claim_no = %(claim_no)s AND group_id = %(group_id)s
@@ -121,22 +126,26 @@ def settle(
     Returns what was written, now or by an earlier try whose reply was lost (of the same settlement, or of
     a commit), and the queues in which something became claimable (sooner).
     """
+    if not batch:  # a commit has ended what was to be settled
+        return [], set()
     # In id order, so that two settles of the same claims (one repeated after a lost reply) cannot
     # deadlock; the plan keeps the order of the batch.
     batch = sorted(batch, key=attrgetter("job_id"))
+    ids, claim_nos, outcomes, errors, results, encodings, delays = zip(*batch, strict=True)
     parameters = {
         "group_id": group_id,
-        "ids": [s.job_id for s in batch],
-        "claim_nos": [s.claim_no for s in batch],
-        "outcomes": [s.outcome.value for s in batch],
-        "errors": [s.error for s in batch],
-        "results": [s.result for s in batch],
-        "encodings": [s.encoding for s in batch],
-        "delays": [float(s.delay) for s in batch],  # psycopg refuses lists of int and float
+        "ids": int8_array(ids),
+        "claim_nos": int8_array(claim_nos),
+        "outcomes": text_array(outcomes),
+        # A shorter array is filled up with NULLs by `unnest`.
+        "errors": text_array(errors if any(errors) else ()),
+        "results": bytea_array(results),
+        "encodings": text_array(encodings),
+        "delays": float8_array(delays if any(delays) else ()),
     }
     with conn.cursor(binary=True) as cursor:
         rows = cursor.execute(statement(SETTLE, schema), parameters).fetchall()
-        written = [Settled(row[0], row[1], Outcome(row[2])) for row in rows]
+        written = [Settled(job_id, claim_no, OUTCOMES[outcome]) for job_id, claim_no, outcome, _ in rows]
         if len(rows) < len(batch):
             returned = {(row[0], row[1]) for row in rows}
             before = cursor.execute(statement(WRITTEN_BEFORE, schema), parameters).fetchall()

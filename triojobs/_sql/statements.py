@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any, LiteralString
 
@@ -9,7 +10,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import tuple_row
 
-__all__ = ["plain_cursor", "statement"]
+__all__ = ["numbered", "plain_cursor", "statement"]
 
 
 @lru_cache(maxsize=1024)
@@ -30,3 +31,15 @@ def statement(template: LiteralString, schema: str) -> bytes:
 def plain_cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[tuple[Any, ...]]:
     """Return a cursor of tuples on a connection that may be the caller's, with factories of its own."""
     return psycopg.Cursor(conn, row_factory=tuple_row)
+
+
+@lru_cache(maxsize=64)
+def numbered(template: LiteralString, schema: str) -> tuple[bytes, tuple[str, ...]]:
+    """Return `template` with `$1`, `$2`, … for its `%(named)s` parameters, and their names in that order."""
+    order: dict[str, int] = {}
+
+    def number(found: re.Match[str]) -> str:
+        return f"${order.setdefault(found[1], len(order) + 1)}"
+
+    text = re.sub(r"%\((\w+)\)[sb]", number, statement(template, schema).decode())
+    return text.encode(), tuple(order)
