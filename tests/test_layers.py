@@ -13,13 +13,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
-    0: "_errors _model _options _version _logs",
-    1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables",
+    0: "_errors _model _options _version _logs _admin_model _retention",
+    1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables _memory_retention"
+    " _explanation",
     2: "_sql",
-    3: "_bridge _commit _listener _beats _postgres _sync_store _wake _memory",
-    4: "_fetcher _handling _verdict _settler _heartbeat _comparison _stubborn _stacks _registration _group"
+    3: "_bridge _commit _listener _beats _postgres _sync_store _wake _memory _admin_store _pruning",
+    4: "_fetcher _handling _verdict _settler _heartbeat _comparison _stubborn _stacks _registration _keeper _group"
     " _job _flusher",
-    5: "__init__ _open _serve _client _outbox _sync_client _admin _explore testing",
+    5: "__init__ _open _serve _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering"
+    " _explore testing",
     6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -32,6 +34,7 @@ PSYCOPG = {
     "_listener",
     "_postgres",
     "_sync_store",
+    "_admin_store",
     "cli",
     "board",
 } | {name for name in LAYER_OF if "embedded" in name}

@@ -80,6 +80,18 @@ async def test_the_chapters_programs_work_together(
     assert "done Receipt" in capsys.readouterr().out
 
 
+async def test_the_chapter_on_operating_looks_and_acts(
+    conninfo: str, shop: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with triojobs.open_client(conninfo) as client:
+        job_id = await client.enqueue(shop["emails"], shop["SendEmail"]("ada"), metadata={"tenant": 7})
+        assert await shop["look_and_act"](conninfo) == 0
+        info = await client.get(job_id)
+    assert info is not None
+    assert info.status == "pending"
+    assert capsys.readouterr().out.startswith("emails 1 0 0.")
+
+
 def test_the_chapter_on_testing_tests(shop: dict[str, Any]) -> None:
     trio.run(shop["test_one_handler_against_a_made_up_job"])
     shop["test_a_cancel_at_any_instant_does_no_harm"]()
@@ -111,7 +123,7 @@ def test_the_settings_are_all_there_with_their_defaults() -> None:
     options = inspect.signature(triojobs.open_worker_group).parameters
     defaults = {name: p.default for name, p in options.items() if p.kind is p.KEYWORD_ONLY}
     assert given.keys() == defaults.keys()
-    shown = {"name": "host:pid", "schema": "triojobs", "job_connections": "≤ 4"}
+    shown = {"name": "host:pid", "schema": "triojobs", "job_connections": "≤ 4", "retention": "a week"}
     for name, default in defaults.items():
         text = (
             f'"{default}"'

@@ -5,6 +5,21 @@ try:
 except ImportError as _exc:
     raise ImportError('triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"') from _exc
 
+from ._admin import Admin as Admin
+from ._admin import open_admin as open_admin
+from ._admin_model import Attempt as Attempt
+from ._admin_model import BulkResult as BulkResult
+from ._admin_model import Explanation as Explanation
+from ._admin_model import GroupInfo as GroupInfo
+from ._admin_model import GroupState as GroupState
+from ._admin_model import JobDetails as JobDetails
+from ._admin_model import JobFilter as JobFilter
+from ._admin_model import JobSummary as JobSummary
+from ._admin_model import Page as Page
+from ._admin_model import Quantiles as Quantiles
+from ._admin_model import QueueInfo as QueueInfo
+from ._admin_model import Reason as Reason
+from ._admin_model import Statistic as Statistic
 from ._backoff import Backoff as Backoff
 from ._client import Client as Client
 from ._codec import CborCodec as CborCodec
@@ -14,6 +29,7 @@ from ._codec import PydanticCodec as PydanticCodec
 from ._errors import CodecError as CodecError
 from ._errors import DatabaseError as DatabaseError
 from ._errors import DuplicateJobError as DuplicateJobError
+from ._errors import GroupNotFoundError as GroupNotFoundError
 from ._errors import JobCancelledError as JobCancelledError
 from ._errors import JobFailedError as JobFailedError
 from ._errors import JobNotFoundError as JobNotFoundError
@@ -42,9 +58,13 @@ from ._outbox import try_enqueue_on as try_enqueue_on
 from ._queue import NewJob as NewJob
 from ._queue import Queue as Queue
 from ._queue import Worker as Worker
+from ._retention import Pruned as Pruned
+from ._retention import Retention as Retention
 from ._serve import serve as serve
 from ._sql.schema import migrate as migrate
 from ._sql.schema import verify_schema as verify_schema
+from ._sync_admin import SyncAdmin as SyncAdmin
+from ._sync_admin import admin_on as admin_on
 from ._sync_client import SyncClient as SyncClient
 from ._version import VERSION as __version__
 from .embedded import open_embedded_postgres as open_embedded_postgres

@@ -152,6 +152,8 @@ class BeatLoop:
             self._events.must_compare()
         if found.requests:
             self._events.cancel_requests(found.requests)
+        if found.drain is not None:
+            self._events.drain_requested(found.drain)
         return True
 
     def _rescue(self, call: Call) -> None:

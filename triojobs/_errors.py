@@ -7,12 +7,14 @@ errors and do not end in `Error`.
 
 from __future__ import annotations
 
+import uuid
 from typing import Any, Final
 
 __all__ = [
     "CodecError",
     "DatabaseError",
     "DuplicateJobError",
+    "GroupNotFoundError",
     "JobCancelledError",
     "JobFailedError",
     "JobNotFoundError",
@@ -155,6 +157,16 @@ class JobNotFoundError(TriojobsError):
     def __init__(self, job_id: int, *, operation: str) -> None:
         self.job_id = job_id
         super().__init__(f"there is no job {job_id}", operation=operation, hint="check the id and the schema")
+
+
+class GroupNotFoundError(TriojobsError):
+    """No worker group has this id (it never registered, or was removed long after it closed)."""
+
+    def __init__(self, group_id: uuid.UUID, *, operation: str) -> None:
+        self.group_id = group_id
+        super().__init__(
+            f"there is no worker group {group_id}", operation=operation, hint="list the groups for their ids"
+        )
 
 
 class JobFailedError(TriojobsError):

@@ -42,6 +42,7 @@ from ._fetcher import Fetcher
 from ._flusher import Flusher
 from ._handling import Slots
 from ._heartbeat import hold_lease, watch_lease
+from ._keeper import keep_house
 from ._lease import Lease
 from ._logs import Log
 from ._model import (
@@ -115,6 +116,17 @@ class WorkerGroup:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.stop, idempotent=True)
 
+    def _drain(self, reason: str) -> None:
+        """Obey an operator; each beat repeats the request."""
+        if not self._stop.value:
+            log.warning(
+                "worker group %s drains, as somebody asked: %s",
+                self.group_id,
+                reason,
+                extra={"event": "drain", "group_id": str(self.group_id)},
+            )
+            self.stop()
+
     @async_side(IN_TRIO)
     async def wait_stopped(self) -> None:
         """Wait until the group has stopped and closed, and `report` is complete."""
@@ -180,6 +192,8 @@ class WorkerGroup:
             pid=os.getpid(),
             version=VERSION,
             lease_duration=self._options.lease_duration,
+            queues={worker.queue.name: worker.concurrency for worker in self._workers},
+            concurrency=self._options.concurrency,
         )
         lease = Lease(
             duration=self._options.lease_duration,
@@ -216,6 +230,7 @@ class WorkerGroup:
         fetcher.slots_ready()
         self._slots[live] = slots
         live.on_cancel_request = partial(_cancel_handler, live, slots)
+        live.on_drain_request = self._drain
         # Set here and not by the tasks: a closing that comes before their first step waits for them.
         live.fetching.value = live.beating.value = live.settling.value = True
         live.slots_alive.value = 1
@@ -251,6 +266,8 @@ class WorkerGroup:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_lease, live, self._store)
                 nursery.start_soon(compare_when_in_doubt, live, self._store, fetcher.look_anew)
+                if self._options.retention is not None:
+                    nursery.start_soon(keep_house, live, self._store, self._options.retention)
                 if self._options.notify:
                     nursery.start_soon(self._store.listen, live.group_id, queues, fetcher)
 

@@ -27,6 +27,7 @@ from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
 from ._lease import Lease
 from ._logs import Log
+from ._memory_retention import prune
 from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
 from ._model import (
     Claim,
@@ -39,6 +40,7 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._retention import Pruned, Retention
 from ._store import BeatEvents, ClaimOrder, ClaimReply, Compared, ListenEvents, nothing
 from ._wake import Wake
 
@@ -172,6 +174,20 @@ class MemoryDatabase:
         jobs, queues = self.tables.rescue([group_id], self.clock())
         self.notify_waiting(queues)
         return jobs
+
+    def pause(self, queue: str) -> None:
+        """Let nobody claim from this queue."""
+        self.tables.paused.add(queue)
+
+    def resume(self, queue: str) -> None:
+        """Let everybody claim from this queue again, and wake who waits for it."""
+        self.tables.paused.discard(queue)
+        self.notify_waiting([queue])
+
+    def drain(self, group_id: uuid.UUID, reason: str) -> None:
+        """Ask a group to stop claiming, finish what it runs, and close."""
+        self.tables.drains.setdefault(group_id, reason)
+        self.notify_group(group_id)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless each job is in one place, attempts are exact, claims ended once."""
@@ -381,6 +397,8 @@ class MemoryStore:
             events.must_compare()
         if requests:
             events.cancel_requests(requests)
+        if (reason := self._tables.drains.get(group_id)) is not None:
+            events.drain_requested(reason)
         return True
 
     async def _rescue(self, line: trio.CapacityLimiter, events: BeatEvents) -> None:
@@ -632,6 +650,11 @@ class MemoryStore:
 
     async def ended(self, ids: Sequence[int]) -> list[int]:
         return await self._call("ended", self._client_line, lambda: self._tables.ended(ids))
+
+    async def prune(self, retention: Retention) -> Pruned | None:
+        return await self._call(
+            "prune", self._client_line, lambda: prune(self._tables, retention, self.now())
+        )
 
     async def cancel_job(self, job_id: int, reason: str) -> bool:
         def reply(found: tuple[bool, uuid.UUID | None]) -> None:

@@ -148,6 +148,8 @@ class Tables:
         self.keys: dict[tuple[str, str], KeyRow] = {}
         self.groups: dict[uuid.UUID, GroupRow] = {}
         self.waiting: set[tuple[str, uuid.UUID]] = set()
+        self.paused: set[str] = set()
+        self.drains: dict[uuid.UUID, str] = {}
         self.witnesses: set[uuid.UUID] = set()
         self.last_id: int = 0
         self._outcome_no = 0
@@ -304,6 +306,8 @@ class Tables:
             return []
         taken: list[WaitingRow] = []
         for queue, want in wants.items():
+            if queue in self.paused:
+                continue
             line = (row for row in self.ready.values() if row.queue == queue)
             taken += heapq.nsmallest(want, line, key=lambda row: row.place)
         taken.sort(key=lambda row: row.place)

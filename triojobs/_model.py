@@ -248,7 +248,11 @@ class JobInfo(Generic[PayloadT]):
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What a group writes about itself when it registers. Group → store."""
+    """What a group writes about itself when it registers. Group → store.
+
+    `queues`: slots of each queue that it serves (None: it does not say); `concurrency`: cap of their
+    sum, or None.
+    """
 
     group_id: uuid.UUID
     name: str
@@ -256,6 +260,8 @@ class Registration:
     pid: int
     version: str
     lease_duration: float
+    queues: Mapping[str, int] | None = None
+    concurrency: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ._model import HardStop
 from ._options import DEFAULT_SCHEMA, GroupOptions, checked_conninfo, checked_schema
 from ._postgres import PostgresStore
 from ._queue import Worker
+from ._retention import DEFAULT_RETENTION, Retention, checked_retention
 from ._store import Store
 
 __all__ = ["open_client", "open_worker_group"]
@@ -48,6 +49,7 @@ def open_worker_group(
     job_connections: int | None = None,
     concurrency: int | None = None,
     isolation: Literal["slot", "task"] = "slot",
+    retention: Retention | None = DEFAULT_RETENTION,
 ) -> GroupContext:
     """Open a worker group as a scope: `async with open_worker_group(conninfo, workers) as group: …`.
 
@@ -90,6 +92,7 @@ def open_worker_group(
         job_connections=job_connections,
         concurrency=concurrency,
         isolation=isolation,
+        retention=checked_retention(retention),
     )
     checked_conninfo("conninfo", conninfo)
     options = with_workers(options, checked_workers(workers))

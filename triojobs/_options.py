@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import inspect
+import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ._errors import OptionError, checked_seconds
 from ._model import HardStop
+
+if TYPE_CHECKING:
+    from ._retention import Retention
 
 __all__ = [
     "DEFAULT_SCHEMA",
     "GroupOptions",
     "checked_conninfo",
     "checked_count",
+    "checked_metadata",
     "checked_name",
     "checked_schema",
     "checked_text",
+    "checked_time",
 ]
 
 DEFAULT_SCHEMA: Final = "triojobs"
@@ -30,6 +37,10 @@ PAYLOAD_LIMIT: Final = 1024 * 1024  # bytes; larger things belong in a store of 
 ERROR_LIMIT: Final = 8 * 1024  # bytes of UTF-8; the head of a traceback's text is what people read
 HARD_STOP_AFTER: Final = 60.0  # seconds
 INT_LIMIT: Final = 2**31 - 1
+# Times that survive every session's time zone on their way back from PostgreSQL.
+YEARS: Final = range(1900, 9000)
+# jsonb cannot hold NUL. JSON writes it as an escape, whose backslash is not itself escaped.
+NUL_IN_JSON: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def checked_text(field: str, value: object, *, least: int, most: int) -> str:
@@ -72,6 +83,36 @@ def checked_schema(value: object) -> str:
     return value
 
 
+def checked_time(field: str, value: object) -> dt.datetime:
+    """Return an aware datetime as UTC, in years that every session can show, else raise OptionError."""
+    if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
+        raise OptionError(field, value, "an aware datetime (with a time zone)")
+    try:
+        utc = value.astimezone(dt.UTC)
+    except OverflowError:
+        utc = None
+    if utc is None or utc.year not in YEARS:
+        raise OptionError(field, value, f"in the years {YEARS[0]} to {YEARS[-1]}")
+    return utc
+
+
+def checked_metadata(field: str, value: Mapping[str, Any] | None) -> str:
+    """Return a mapping as compact JSON text of at most 8 KiB (None: an empty object), else raise OptionError."""
+    if not value and (value is None or isinstance(value, Mapping)):
+        return "{}"
+    limit = f"a mapping of str to JSON values, at most {METADATA_LIMIT} bytes of compact JSON, without NUL"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise OptionError(field, value, limit)
+    try:
+        text = json.dumps(dict(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise OptionError(field, value, f"{limit} ({exc})") from exc
+    if size > METADATA_LIMIT or NUL_IN_JSON.search(text):
+        raise OptionError(field, value, f"{limit} (it has {size} bytes)")
+    return text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOptions:
     """How a worker group behaves. All durations are seconds; see `open_worker_group` for use.
@@ -105,6 +146,8 @@ class GroupOptions:
         pooled: declare that conninfo leads to PgBouncer in transaction mode.
         job_connections: connections for Job.commit and transact; None: min(concurrency, 4).
         concurrency: cap of the sum of the workers' slots, shared fairly; None: no cap.
+        retention: how long ended jobs are kept, see `Retention`; None: this group does not prune. Whole
+            ranges are dropped by a role that owns the tables; without it jobs are deleted one by one.
         isolation: "slot" runs a worker's jobs one after another in N tasks (fast);
             "task" starts a task for each job.
     """
@@ -130,6 +173,7 @@ class GroupOptions:
     job_connections: int | None = None
     concurrency: int | None = None
     isolation: Literal["slot", "task"] = "slot"
+    retention: Retention | None = None
 
     def __post_init__(self) -> None:
         checked_name("name", self.name)

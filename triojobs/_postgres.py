@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar, cast
 import psycopg
 import trio
 
+from ._admin_store import Step, drive, perform
 from ._beacon import Beacon
 from ._beats import BeatControl, BeatLoop
 from ._bridge import Breaker, Call, Line, check_cancelled, clock, run_in_thread
@@ -21,6 +22,8 @@ from ._lease import Lease
 from ._listener import listen
 from ._logs import Log
 from ._model import Claim, Enqueued, NewRow, RawJob, Registration, Settled, Settlement
+from ._pruning import LATER, prune, take_turn
+from ._retention import Pruned, Retention
 from ._sql import claim as claim_sql
 from ._sql import enqueue as enqueue_sql
 from ._sql import exchange, groups, inspect, notify, operate, server, settle
@@ -326,6 +329,19 @@ class PostgresStore:
     ) -> T:
         attempt = CommitAttempt(self.schema, claim, work, encode, committed)
         return cast(T, await commit(attempt, on=self._job_line, look_on=self._settle_line))
+
+    async def prune(self, retention: Retention) -> Pruned | None:
+        line = self._line("retention")  # of its own, and no longer than it is needed
+
+        async def run(step: Step[T]) -> T:
+            return await line.run(step.operation, lambda call: perform(call, self.schema, step))
+
+        try:
+            if not await run(take_turn(retention.interval)):
+                return None
+            return await drive(prune(retention, slack=LATER, dry_run=False), run)
+        finally:
+            line.close()
 
     async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:
         return await self._client_line.run(

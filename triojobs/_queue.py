@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import inspect
-import json
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
@@ -16,11 +14,12 @@ from ._errors import OptionError, checked_seconds
 from ._model import KeyUntil, NewRow, OnConflict
 from ._options import (
     KEY_LIMIT,
-    METADATA_LIMIT,
     PAYLOAD_LIMIT,
     checked_count,
+    checked_metadata,
     checked_name,
     checked_text,
+    checked_time,
 )
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ __all__ = ["NewJob", "Queue", "Worker", "new_row"]
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
 
-# Times that survive every session's time zone on their way back from PostgreSQL.
-YEARS: Final = range(1900, 9000)
-# jsonb cannot hold NUL. JSON writes it as an escape, whose backslash is not itself escaped.
-NUL_IN_JSON: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 DEFAULT_CONCURRENCY: Final = 10  # handlers at once per worker: enough to hide round trips, kind to memory
 
 
@@ -244,15 +239,15 @@ def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
         payload=queue.encode_payload(job.payload),
         encoding=queue.codec.name,
         delay=None if job.delay is None else checked_seconds("delay", job.delay),
-        run_at=None if job.run_at is None else _aware("run_at", job.run_at),
+        run_at=None if job.run_at is None else checked_time("run_at", job.run_at),
         priority=checked_count("priority", job.priority, least=0),
         max_attempts=checked_count("max_attempts", job.max_attempts),
         timeout=None if job.timeout is None else checked_seconds("timeout", job.timeout, positive=True),
-        deadline=None if job.deadline is None else _aware("deadline", job.deadline),
+        deadline=None if job.deadline is None else checked_time("deadline", job.deadline),
         key=None if job.key is None else checked_text("key", job.key, least=0, most=KEY_LIMIT),
         hold=hold,
         hold_seconds=hold_seconds,
-        metadata=_metadata(job.metadata),
+        metadata=checked_metadata("metadata", job.metadata),
         job_id=None if job.job_id is None else checked_count("job_id", job.job_id, most=2**63 - 1),
         on_conflict=job.on_conflict,
     )
@@ -266,31 +261,3 @@ def _hold(job: NewJob[Any]) -> tuple[str, float | None]:
             raise OptionError("key_until", job.key_until, "'kept', 'ended' or seconds")
         return job.key_until, None
     return "until", checked_seconds("key_until", job.key_until)
-
-
-def _aware(field: str, value: object) -> dt.datetime:
-    if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
-        raise OptionError(field, value, "an aware datetime (with a time zone)")
-    try:
-        utc = value.astimezone(dt.UTC)
-    except OverflowError:
-        utc = None
-    if utc is None or utc.year not in YEARS:
-        raise OptionError(field, value, f"in the years {YEARS[0]} to {YEARS[-1]}")
-    return utc
-
-
-def _metadata(value: Mapping[str, Any] | None) -> str:
-    if not value and (value is None or isinstance(value, Mapping)):
-        return "{}"
-    limit = f"a mapping of str to JSON values, at most {METADATA_LIMIT} bytes of compact JSON, without NUL"
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise OptionError("metadata", value, limit)
-    try:
-        text = json.dumps(dict(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise OptionError("metadata", value, f"{limit} ({exc})") from exc
-    if size > METADATA_LIMIT or NUL_IN_JSON.search(text):
-        raise OptionError("metadata", value, f"{limit} (it has {size} bytes)")
-    return text

@@ -77,6 +77,7 @@ class LiveRegistration:
         self.closed = False
         self.rescued_jobs = 0
         self.on_cancel_request: Callable[[CancelRequest], None] = _nobody_runs
+        self.on_drain_request: Callable[[str], None] = _not_begun
         self.unanswered: set[tuple[int, int]] = set()
         self._claim_no = 0
         self._hard_stop = hard_stop
@@ -172,6 +173,9 @@ class LiveRegistration:
         for request in requests:
             self._token.run_sync_soon(self._pass_on, request)
 
+    def drain_requested(self, reason: str) -> None:
+        self._token.run_sync_soon(self._pass_on_drain, reason)
+
     def loop_blocked(self, seconds: float) -> None:
         # Logged here and not on the event loop, which does not turn.
         place, stack = stack_of_thread(self._loop_thread)
@@ -215,6 +219,13 @@ class LiveRegistration:
     def _pass_on(self, request: CancelRequest) -> None:
         self.on_cancel_request(request)
 
+    def _pass_on_drain(self, reason: str) -> None:
+        self.on_drain_request(reason)
+
 
 def _nobody_runs(request: CancelRequest) -> None:
     """Before there are slots no job runs that could be cancelled."""
+
+
+def _not_begun(reason: str) -> None:
+    """Before the tasks run; the next beat repeats the request."""

@@ -30,6 +30,7 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._retention import Pruned, Retention
 
 __all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "CommitPort", "Compared", "ListenEvents", "Store"]
 
@@ -87,6 +88,7 @@ class BeatEvents(Protocol):
     def loop_blocked(self, seconds: float) -> None: ...
     def loop_dead(self, seconds: float) -> None: ...
     def rescued(self, jobs: int) -> None: ...
+    def drain_requested(self, reason: str) -> None: ...
 
 
 class ListenEvents(Protocol):
@@ -133,7 +135,7 @@ class Store(Protocol):
     async def hold_lease(
         self, registration: Registration, lease: Lease, beacon: Beacon, events: BeatEvents
     ) -> None:
-        """Beat, deliver cancel requests and rescue dead groups, until `release_lease`.
+        """Beat, deliver requests to cancel and to drain, and rescue dead groups, until `release_lease`.
 
         A store that beats in a thread watches `beacon` there, and gives the lease up when it is dead.
         """
@@ -215,6 +217,12 @@ class Store(Protocol):
 
         Raises:
             StaleClaimError: the claim has ended; everything was rolled back.
+        """
+
+    async def prune(self, retention: Retention) -> Pruned | None:
+        """Remove what is older than this says, when it is time. None: it is not, or somebody else's turn.
+
+        Many short calls; cancellable between them.
         """
 
     async def idle(self, queues: Collection[str], *, scheduled: bool = False) -> bool:

@@ -31,6 +31,7 @@ from triojobs._model import (
 )
 from triojobs._postgres import PostgresStore
 from triojobs._queue import Queue
+from triojobs._sql import notify, pausing
 from triojobs._store import ClaimOrder, ClaimReply, Compared, Store
 
 NUMBERS: Queue[int, Any] = Queue("numbers", int)
@@ -52,6 +53,12 @@ class World(Protocol):
 
     def now(self) -> dt.datetime: ...
 
+    def pause(self, queue: str) -> None: ...
+
+    def resume(self, queue: str) -> None: ...
+
+    def drain(self, group_id: uuid.UUID, reason: str) -> None: ...
+
 
 class MemoryWorld:
     def __init__(self) -> None:
@@ -71,6 +78,15 @@ class MemoryWorld:
     def now(self) -> dt.datetime:
         return self.database.utc_now()
 
+    def pause(self, queue: str) -> None:
+        self.database.pause(queue)
+
+    def resume(self, queue: str) -> None:
+        self.database.resume(queue)
+
+    def drain(self, group_id: uuid.UUID, reason: str) -> None:
+        self.database.drain(group_id, reason)
+
 
 class PostgresWorld:
     def __init__(self, conninfo: str) -> None:
@@ -87,6 +103,20 @@ class PostgresWorld:
 
     def now(self) -> dt.datetime:
         return dt.datetime.now(dt.UTC)
+
+    def pause(self, queue: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            pausing.pause(conn, "triojobs", queue, "a test")
+
+    def resume(self, queue: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            pausing.resume(conn, "triojobs", queue)
+            notify.notify_waiting(conn, "triojobs", [queue])
+
+    def drain(self, group_id: uuid.UUID, reason: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            pausing.drain(conn, "triojobs", group_id, reason)
+            notify.notify_group(conn, group_id)
 
 
 def row(number: int = 0, *, queue: str = "q", **changes: Any) -> NewRow:
@@ -109,6 +139,7 @@ class Recorder:
         self.lost = 0
         self.doubts = 0
         self.jobs_rescued = 0
+        self.drains: list[str] = []
         self.heard: list[str] = []
 
     def cancel_requests(self, requests: Sequence[CancelRequest]) -> None:
@@ -126,6 +157,9 @@ class Recorder:
 
     def rescued(self, jobs: int) -> None:
         self._token.run_sync_soon(self._note, lambda: setattr(self, "jobs_rescued", self.jobs_rescued + jobs))
+
+    def drain_requested(self, reason: str) -> None:
+        self._token.run_sync_soon(self._note, lambda: self.drains.append(reason))
 
     def listening(self, healthy: bool) -> None:
         self._note(lambda: self.heard.append("listening" if healthy else "deaf"))

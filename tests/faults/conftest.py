@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -44,7 +45,8 @@ def leavings() -> set[str]:
     """Return the names of what a test could leave: our children, threads, interfaces."""
     found = {f"interface {path.name}" for path in Path("/sys/class/net").glob("tjf*")}
     for task in Path("/proc/self/task").iterdir():
-        found |= {f"process {pid}" for pid in (task / "children").read_text().split()}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            found |= {f"process {pid}" for pid in (task / "children").read_text().split()}
     # Trio keeps idle worker threads for ten seconds, and it does so for everybody.
     found |= {f"thread {t.name}" for t in threading.enumerate() if not t.name.startswith("Trio thread")}
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg import sql
 from psycopg.adapt import PyFormat, Transformer
 from tools import Connection, rolled_back
@@ -67,18 +68,16 @@ def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def recorded(conn: Connection, fn: Callable[..., Any], *args: Any, **options: Any) -> list[tuple[bytes, Any]]:
     """Run `fn(conn, …)`, roll it back, and return the statements that it executed."""
     statements: list[tuple[bytes, Any]] = []
+    plain = psycopg.Cursor.execute
 
-    class Recording(psycopg.Cursor[Any]):
-        def execute(self, query: Any, params: Any = None, **kwargs: Any) -> Any:
-            statements.append((query if isinstance(query, bytes) else query.encode(), params))
-            return super().execute(query, params, **kwargs)
+    def recording(self: psycopg.Cursor[Any], query: Any, params: Any = None, **kwargs: Any) -> Any:
+        statements.append((query if isinstance(query, bytes) else query.encode(), params))
+        return plain(self, query, params, **kwargs)
 
-    before, conn.cursor_factory = conn.cursor_factory, Recording
-    try:
-        with rolled_back(conn):
-            fn(conn, *args, **options)
-    finally:
-        conn.cursor_factory = before
+    # Of the class, because some functions make their cursors themselves.
+    with pytest.MonkeyPatch.context() as patch, rolled_back(conn):
+        patch.setattr(psycopg.Cursor, "execute", recording)
+        fn(conn, *args, **options)
     return [s for s in statements if not s[0].startswith(b"SET")]
 
 

@@ -242,6 +242,9 @@ def clean(conninfo: str) -> None:
         "worker_groups",
         "waiting",
         "witnesses",
+        "paused_queues",
+        "drains",
+        "chores",
     )
     with psycopg.connect(conninfo) as conn:
         for table in tables:

@@ -24,6 +24,7 @@ def test_an_error_says_while_doing_what_and_what_to_do() -> None:
         ("CodecError", triojobs.TriojobsError),
         ("DuplicateJobError", triojobs.TriojobsError),
         ("JobNotFoundError", triojobs.TriojobsError),
+        ("GroupNotFoundError", triojobs.TriojobsError),
         ("JobFailedError", triojobs.TriojobsError),
         ("JobCancelledError", triojobs.TriojobsError),
         ("StaleClaimError", triojobs.TriojobsError),

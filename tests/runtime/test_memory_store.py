@@ -77,6 +77,8 @@ class Events:
     def rescued(self, jobs: int) -> None:
         self.jobs += jobs
 
+    def drain_requested(self, reason: str) -> None: ...
+
 
 # Seams.
 

@@ -8,6 +8,7 @@ conflict with a claim's KEY SHARE and would not wait for it at all.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,11 @@ REGISTER: Final = """
 WITH witness AS (
     INSERT INTO {schema}.witnesses (group_id) VALUES (%(id)s)
 )
-INSERT INTO {schema}.worker_groups (id, name, host, pid, version, lease_duration, lease_until)
+INSERT INTO {schema}.worker_groups
+    (id, name, host, pid, version, lease_duration, lease_until, queues, concurrency)
 VALUES (%(id)s, %(name)s, %(host)s, %(pid)s, %(version)s, %(lease_duration)s,
-        clock_timestamp() + %(lease_duration)s * interval '1 second')
+        clock_timestamp() + %(lease_duration)s * interval '1 second',
+        %(queues)s::text::jsonb, %(concurrency)s)
 """
 
 # The plain UPDATE takes NO KEY UPDATE: claims and settles of the group are not blocked by it.
@@ -47,7 +50,9 @@ WITH me AS (
     WHERE id = %(id)s AND closed_at IS NULL
     RETURNING id
 )
-SELECT l.id, l.claim_no, l.cancel_reason, EXISTS (SELECT FROM {schema}.witnesses w WHERE w.group_id = me.id)
+SELECT l.id, l.claim_no, l.cancel_reason,
+       EXISTS (SELECT FROM {schema}.witnesses w WHERE w.group_id = me.id),
+       (SELECT d.reason FROM {schema}.drains d WHERE d.group_id = me.id)
 FROM me LEFT JOIN {schema}.leases l ON l.group_id = me.id AND l.cancel_reason IS NOT NULL
 """
 
@@ -161,10 +166,12 @@ ADD_PARTITIONS: Final = "SELECT {schema}.add_partitions()"
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a beat found: open cancel requests, and whether the group's witness is there."""
+    """What a beat found: open cancel requests, whether the group's witness is there, and why the group
+    shall drain (None: it shall not)."""
 
     requests: list[CancelRequest]
     witnessed: bool
+    drain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,8 @@ def register(conn: psycopg.Connection[Any], schema: str, registration: Registrat
         "pid": registration.pid,
         "version": registration.version,
         "lease_duration": registration.lease_duration,
+        "queues": None if registration.queues is None else json.dumps(dict(registration.queues)),
+        "concurrency": registration.concurrency,
     }
     conn.execute(statement(REGISTER, schema), parameters)
 
@@ -210,7 +219,7 @@ def beat(conn: psycopg.Connection[Any], schema: str, group_id: uuid.UUID) -> Bea
     if not rows:
         return None
     requests = [CancelRequest(row[0], row[1], row[2]) for row in rows if row[0] is not None]
-    return Beat(requests, witnessed=rows[0][3])
+    return Beat(requests, witnessed=rows[0][3], drain=rows[0][4])
 
 
 def close_group(

@@ -12,9 +12,9 @@ from typing import Any, Final
 import psycopg
 
 from .._errors import DatabaseError, DuplicateJobError, JobNotFoundError
-from .statements import statement
+from .statements import plain_cursor, statement
 
-__all__ = ["CANCELLED_WAITING", "ENDED_BEFORE", "cancel", "retry"]
+__all__ = ["CANCELLED_WAITING", "ENDED_BEFORE", "cancel", "queue_of", "retry"]
 
 ROUNDS: Final = 3
 
@@ -37,6 +37,8 @@ SELECT EXISTS (SELECT FROM {schema}.jobs WHERE id = %(id)s),
        OR EXISTS (SELECT FROM {schema}.scheduled WHERE id = %(id)s)
        OR EXISTS (SELECT FROM {schema}.leases WHERE id = %(id)s)
 """
+
+QUEUE_OF: Final = "SELECT queue FROM {schema}.jobs WHERE id = %(id)s"
 
 LOCK_BODY: Final = "SELECT queue, key FROM {schema}.jobs WHERE id = %(id)s FOR NO KEY UPDATE"
 
@@ -82,13 +84,16 @@ def cancel(conn: psycopg.Connection[Any], schema: str, job_id: int, reason: str)
     """
     parameters = {"id": job_id, "reason": reason}
     for _ in range(ROUNDS):
-        if conn.execute(statement(CANCEL_WAITING, schema), parameters).rowcount:
+        if plain_cursor(conn).execute(statement(CANCEL_WAITING, schema), parameters).rowcount:
             return CANCELLED_WAITING
-        running = conn.execute(statement(CANCEL_RUNNING, schema), parameters).fetchone()
+        running = plain_cursor(conn).execute(statement(CANCEL_RUNNING, schema), parameters).fetchone()
         if running is not None:
             group: uuid.UUID = running[0]
             return group
-        exists, alive = conn.execute(statement(LOOK, schema), {"id": job_id}).fetchone() or (False, False)
+        exists, alive = plain_cursor(conn).execute(statement(LOOK, schema), {"id": job_id}).fetchone() or (
+            False,
+            False,
+        )
         if not exists:
             raise JobNotFoundError(job_id, operation="cancelling")
         if not alive:
@@ -106,17 +111,23 @@ def retry(conn: psycopg.Connection[Any], schema: str, job_id: int) -> bool:
         DuplicateJobError: its key has passed on to another job.
     """
     with conn.transaction():
-        body = conn.execute(statement(LOCK_BODY, schema), {"id": job_id}).fetchone()
+        body = plain_cursor(conn).execute(statement(LOCK_BODY, schema), {"id": job_id}).fetchone()
         if body is None:
             raise JobNotFoundError(job_id, operation="retrying")
-        if conn.execute(statement(RETRY, schema), {"id": job_id}).rowcount == 0:
+        if plain_cursor(conn).execute(statement(RETRY, schema), {"id": job_id}).rowcount == 0:
             return False
         queue, key = body
         if key is not None:
             # After the insert: keys come last in the lock order, and a job that has not ended is told
             # so even when its key has passed on.
             parameters = {"queue": queue, "key": key, "id": job_id}
-            holder = conn.execute(statement(HOLD_KEY, schema), parameters).fetchone()
+            holder = plain_cursor(conn).execute(statement(HOLD_KEY, schema), parameters).fetchone()
             if holder is not None and holder[0] != job_id:
                 raise DuplicateJobError(queue=queue, key=key, job_id=holder[0], operation="retrying")
         return True
+
+
+def queue_of(conn: psycopg.Connection[Any], schema: str, job_id: int) -> str | None:
+    """Return the queue of a job, which never changes, or None."""
+    row = plain_cursor(conn).execute(statement(QUEUE_OF, schema), {"id": job_id}).fetchone()
+    return None if row is None else str(row[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import LiteralString
+from typing import Any, LiteralString
 
+import psycopg
 from psycopg import sql
+from psycopg.rows import tuple_row
 
-__all__ = ["numbered", "statement"]
+__all__ = ["numbered", "plain_cursor", "statement"]
 
 
 @lru_cache(maxsize=1024)
@@ -24,6 +26,11 @@ def statement(template: LiteralString, schema: str) -> bytes:
         job_ids=sql.Literal(f"{schema}.job_ids"),
     )
     return composed.as_bytes(None)
+
+
+def plain_cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[tuple[Any, ...]]:
+    """Return a cursor of tuples on a connection that may be the caller's, with factories of its own."""
+    return psycopg.Cursor(conn, row_factory=tuple_row)
 
 
 @lru_cache(maxsize=64)
