@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import pytest
 import test_commit as basics
 import test_commit_connections as connections
@@ -205,7 +207,14 @@ def conninfo(database: str) -> str:
     return database
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+# Whether a cancel that was sent meets the next statement is up to the server: mostly it does.
+UNCERTAIN: Final = frozenset({"a connection is used again while a cancel is on its way"})
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(name, marks=[pytest.mark.long] if name in UNCERTAIN else []) for name in MUTANTS],
+)
 async def test_a_mutant_is_noticed(
     mutant: str,
     conninfo: str,

@@ -156,6 +156,26 @@ def test_ctrl_c_at_any_step_leaves_nothing_open_and_no_half(conninfo: str) -> No
     trio.run(until, conninfo, f"SELECT ({SESSIONS}) = 0")
 
 
+async def test_a_cancel_while_the_server_works_is_answered_by_what_happened(conninfo: str) -> None:
+    answered: list[Any] = []
+    async with triojobs.open_client(conninfo) as client, trio.open_nursery() as nursery:
+        await client.enqueue(plain, 1)
+        scope = trio.CancelScope()
+
+        async def enqueue() -> None:
+            with scope:
+                answered.append(await client.enqueue(plain, 2))
+
+        with psycopg.connect(conninfo) as holder:
+            holder.execute("LOCK TABLE triojobs.jobs IN ACCESS EXCLUSIVE MODE")
+            nursery.start_soon(enqueue)
+            await until(conninfo, BLOCKED)
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+    assert len(answered) == 1
+    assert (answered[0],) in rows(conninfo, "SELECT id FROM triojobs.ready")
+
+
 # Time.
 
 
@@ -206,7 +226,7 @@ MUTANTS: dict[str, tuple[Patch, Callable[..., Any]]] = {
             code(Line, "exchange", ("trio.CancelScope(shield=True)", "trio.CancelScope()")),
             code(Flusher, "_commit_alone", ("trio.CancelScope(shield=True)", "trio.CancelScope()")),
         ),
-        test_a_cancel_at_any_step_of_an_exchange_is_answered_by_what_happened,
+        test_a_cancel_while_the_server_works_is_answered_by_what_happened,
     ),
     "what fails behind the commit fails the enqueue": (
         code(exchange, "enqueue_now", ("    jobs.check(found)\n        error = exc\n", "    raise\n")),
