@@ -23,8 +23,17 @@ __all__ = ["cli"]
 # Command -> the module that has it as an attribute of that name.
 COMMANDS: Final = {
     "demo": "triojobs.cli.demo",
+    "dev": "triojobs.cli.dev",
+    "doctor": "triojobs.cli.doctor",
+    "enqueue": "triojobs.cli.enqueue",
+    "groups": "triojobs.cli.groups",
+    "jobs": "triojobs.cli.jobs",
     "migrate": "triojobs.cli.schema",
+    "prune": "triojobs.cli.prune",
+    "queues": "triojobs.cli.queues",
+    "stats": "triojobs.cli.stats",
     "verify": "triojobs.cli.schema",
+    "worker": "triojobs.cli.worker",
 }
 
 NO_LIBPQ: Final = 'psycopg finds no libpq on this machine; pip install "triojobs[binary]", or install libpq'

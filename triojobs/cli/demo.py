@@ -30,7 +30,7 @@ from . import Failure
 from .demo_books import Books, Counts, Run
 from .demo_story import Story
 from .demo_view import Result, View, open_view
-from .schema import schema_option
+from .options import schema_option
 
 __all__ = ["demo"]
 

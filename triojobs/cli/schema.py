@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
 import click
 
+from .options import dsn_option, schema_option
+
 __all__ = ["migrate", "verify"]
-
-
-Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def dsn_option(*, required: bool) -> Decorator:
-    """Return the option `--dsn`, the same for every command that talks to the database."""
-    return click.option(
-        "--dsn",
-        required=required,
-        envvar="TRIOJOBS_DSN",
-        show_envvar=True,
-        metavar="CONNINFO",
-        help="A libpq URI or key=value string, without a pooler in between.",
-    )
-
-
-schema_option: Decorator = click.option(
-    "--schema", default="triojobs", show_default=True, metavar="NAME", help="The schema of the job tables."
-)
 
 
 @click.command()

@@ -1,0 +1,191 @@
+"""What commands print: tables for people, JSON lines for programs.
+
+A terminal gets a table by rich, where it is installed, cut to the width of the window. Elsewhere the
+same columns are aligned with spaces and nothing is cut. JSON is one object a line: a list of a
+million jobs can be read while it is still being written.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import json
+import math
+import sys
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "Column",
+    "Printer",
+    "colour_of",
+    "console",
+    "note",
+    "plain",
+    "print_json",
+    "shown_id",
+    "shown_seconds",
+    "shown_time",
+]
+
+COLOURS: Final = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "yellow",
+    "killed": "red",
+    "cancelled": "magenta",
+    "alive": "green",
+    "draining": "yellow",
+    "lapsed": "red",
+    "closed": "dim",
+    "paused": "yellow",
+    "ok": "green",
+    "note": "cyan",
+    "warning": "yellow",
+    "broken": "bold red",
+}
+
+
+def note(text: str) -> None:
+    """Tell the person something that is no part of the output."""
+    click.echo(text, err=True)
+
+
+def print_json(value: object) -> None:
+    """Print one line of JSON."""
+    click.echo(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: object) -> Any:
+    """Return a value as JSON has it: times in ISO 8601, UUIDs as text, bytes as base64, NaN as null."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        return str(value)  # the word of an enum
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dt.datetime):
+        return value.isoformat()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def console() -> Console | None:
+    """Return rich's console when stdout is a terminal and rich is installed."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:  # the extra is missing: plain columns will do
+        return None
+    return Console(highlight=False)
+
+
+def colour_of(word: str) -> str:
+    """Return the style of a status, a state or a level; nothing for other words."""
+    return COLOURS.get(word, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: `cut` ones give way when the window is narrow; `coloured` ones hold words of COLOURS."""
+
+    name: str
+    right: bool = False
+    cut: bool = False
+    coloured: bool = False
+
+
+class Printer:
+    """Prints rows under one head, page by page."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns = columns
+        self._console = console()
+        self._widths: list[int] = []
+
+    def print(self, rows: Iterable[Sequence[str]]) -> None:
+        """Print one page; the head comes with the first."""
+        lines = [[_one_line(cell) for cell in row] for row in rows]
+        first = not self._widths
+        names = [column.name for column in self._columns]
+        found = [max(map(len, cells)) for cells in zip(names, *lines, strict=True)]
+        self._widths = [max(pair) for pair in zip(found, self._widths or found, strict=True)]
+        if self._console is not None:
+            self._print_table(self._console, lines, head=first)
+            return
+        for line in [names, *lines] if first else lines:
+            click.echo(self._aligned(line))
+
+    def _aligned(self, cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(cells, self._widths, self._columns, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    def _print_table(self, console: Console, lines: Sequence[Sequence[str]], *, head: bool) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=head, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+        for column, width in zip(self._columns, self._widths, strict=True):
+            table.add_column(
+                column.name,
+                justify="right" if column.right else "left",
+                no_wrap=True,
+                overflow="ellipsis",
+                min_width=None if column.cut else width,
+            )
+        for line in lines:
+            cells = zip(line, self._columns, strict=True)
+            table.add_row(*(Text(cell, style=colour_of(cell) if c.coloured else "") for cell, c in cells))
+        console.print(table)
+
+
+def _one_line(cell: str) -> str:
+    # What users wrote goes to a terminal: neither line breaks nor control characters.
+    return "".join(c if c.isprintable() else " " for c in cell)
+
+
+def shown_time(at: dt.datetime | None) -> str:
+    """Return a time in UTC, to the second."""
+    return "-" if at is None else f"{at.astimezone(dt.UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def shown_seconds(seconds: float | None) -> str:
+    """Return a duration in two units at most: 850ms, 12.3s, 4m05s, 3h20m, 12d."""
+    if seconds is None:
+        return "-"
+    if seconds < 0:
+        return "0s"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h{minutes:02}m"
+    return f"{hours // 24}d{hours % 24:02}h"
+
+
+def shown_id(group: uuid.UUID | None) -> str:
+    """Return the beginning of a group's id, which tells groups apart."""
+    return "-" if group is None else str(group)[:8]
