@@ -116,6 +116,5 @@ def retention_of(keep: tuple[str, ...]) -> Retention:
             raise click.BadParameter(str(exc), param_hint="'--keep'") from None
     general = rules.pop("", {})
     # A queue's own rule says everything about it, so it starts from the general one.
-    return Retention(
-        **general, queues={name: Retention(**{**general, **rule}) for name, rule in rules.items()}
-    )
+    queues = {name: replace(Retention(), **{**general, **rule}) for name, rule in rules.items()}
+    return replace(Retention(), **general, queues=queues)

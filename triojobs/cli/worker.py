@@ -96,9 +96,10 @@ def group_options(command: Callable[..., Any]) -> Callable[..., Any]:
         }
         return command(group=Group(attribute, thing, options), **given)
 
+    given_all: Callable[..., Any] = with_group
     for option in reversed(options):
-        with_group = option(with_group)
-    return with_group
+        given_all = option(given_all)
+    return given_all
 
 
 @click.command()
