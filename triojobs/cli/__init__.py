@@ -4,7 +4,7 @@ Commands are imported when they are used, not before: `triojobs migrate` must wo
 another command are not installed, and `--help` must not wait for imports it does not need.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage; both with one line `error: …` on stderr and without
-a traceback. `demo` ends with 130 after Ctrl-C and 143 after SIGTERM.
+a traceback. 130 after Ctrl-C, 143 after SIGTERM, where these do not end a command as they should.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "worker": "triojobs.cli.worker",
 }
 
+INTERRUPTED: Final = 130  # as a shell has it for SIGINT
 NO_LIBPQ: Final = 'psycopg finds no libpq on this machine; pip install "triojobs[binary]", or install libpq'
 
 
@@ -86,6 +87,8 @@ class LazyGroup(click.Group):
             raise Misuse(f"{exc.format_message().rstrip('.')}; see `{command} --help`") from exc
         except ImportError as exc:
             raise Failure(_missing(exc)) from exc
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
 
 
 def _missing(exc: ImportError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ def _examined(conn: Any, target: Target, patience: float) -> Iterator[Finding]:
             yield from judge.queues(sql.queues(conn, target.schema))
 
 
-def _schema(conn: Any, schema: str) -> Iterator[Any]:
+def _schema(conn: Any, schema: str) -> Generator[Finding, None, bool]:
     """Yield what is to be said of the schema's version; return whether this version can work with it."""
     from .. import DatabaseError, verify_schema
     from .._diagnosis import Finding, Level
@@ -132,7 +132,7 @@ def _print(finding: Finding) -> None:
     text.stylize(colour_of(finding.level), 0, len(finding.level))
     terminal.print(text, soft_wrap=True)
     if finding.remedy:
-        remedy = textwrap.wrap(
+        wrapped = textwrap.wrap(
             finding.remedy, width, initial_indent=indent + "→ ", subsequent_indent=indent + "  "
         )
-        terminal.print(Text("\n".join(remedy), style="bold"), soft_wrap=True)
+        terminal.print(Text("\n".join(wrapped), style="bold"), soft_wrap=True)
