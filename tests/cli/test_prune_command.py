@@ -8,7 +8,6 @@ from tools import Connection, Group, count, put
 
 from triojobs._model import Outcome
 
-
 LET_HAVE_ENDED = """
 WITH old AS (
     UPDATE triojobs.jobs SET enqueued_at = now() - make_interval(days => %(days)s) WHERE queue = %(queue)s

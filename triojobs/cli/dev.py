@@ -75,8 +75,13 @@ async def _run(group: Group, data: str | None, schema: str) -> ShutdownReport | 
             async with open_embedded_postgres(data) as conninfo:
                 await trio.to_thread.run_sync(partial(migrate, conninfo, schema=schema))
                 given = "" if schema == "triojobs" else f" --schema {schema}"
-                click.echo(f"export TRIOJOBS_DSN={shlex.quote(conninfo)}")
+                click.echo(f"export TRIOJOBS_DSN={_quoted(conninfo)}")
                 note(f"with that line another terminal can `triojobs enqueue{given} QUEUE JSON`")
                 report = await run_group(conninfo, group, {**group.options, "schema": schema})
             nursery.cancel_scope.cancel()
     return report if report is not None or not interrupted else interrupted
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a shell's word; a conninfo has single quotes of its own, so double ones where they do."""
+    return shlex.quote(text) if set('"$`\\!') & set(text) else f'"{text}"'
