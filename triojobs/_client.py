@@ -170,7 +170,7 @@ class Client:
     async def enqueue_many(self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]) -> list[int]:
         """Enqueue jobs in one transaction, whatever their number; ids in the order given.
 
-        Items are payloads, or `NewJob`s with options of their own. An empty list returns [].
+        Each item is a payload, or a `NewJob` with options of its own. An empty list returns [].
 
         Raises: as `enqueue`; a taken key undoes the whole call and `index` names the item.
 
