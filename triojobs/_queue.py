@@ -180,11 +180,12 @@ class JobOptions(JobOptionsButTimeout, total=False):
     """The keywords of every form of enqueue, and of `NewJob`.
 
     Attributes:
-        delay: seconds from now (server clock) until it is due (default 0). run_at: the same as an aware
-            time; one in the past is due at once.
-        priority: 0 (default) to 2**31-1, higher runs first. max_attempts: how often it may be tried (5).
-        timeout: seconds for one attempt (default: the worker's). deadline: aware time after which it is
-            not started, and is cancelled when it runs.
+        delay: seconds from now (server clock) until it is due (default 0).
+        run_at: the same as an aware time; one in the past is due at once.
+        priority: 0 (default) to 2**31-1, higher runs first.
+        max_attempts: how often it may be tried (default 5).
+        timeout: seconds for one attempt (default: the worker's).
+        deadline: aware time after which it is not started, and is cancelled when it runs.
         key: at most one job per queue and key (up to 1024 bytes, case-sensitive, "" is a key).
         key_until: how long the key is taken: "kept" (default: as long as the job is kept), "ended" (until
             it is done, killed or cancelled), or seconds from now.
