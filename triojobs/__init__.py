@@ -24,6 +24,7 @@ from ._backoff import Backoff as Backoff
 from ._client import Client as Client
 from ._codec import CborCodec as CborCodec
 from ._codec import Codec as Codec
+from ._codec import EncodeError as EncodeError
 from ._codec import JsonCodec as JsonCodec
 from ._codec import PydanticCodec as PydanticCodec
 from ._errors import CodecError as CodecError
@@ -55,6 +56,7 @@ from ._outbox import enqueue_many_on as enqueue_many_on
 from ._outbox import enqueue_on as enqueue_on
 from ._outbox import try_enqueue_many_on as try_enqueue_many_on
 from ._outbox import try_enqueue_on as try_enqueue_on
+from ._queue import JobOptions as JobOptions
 from ._queue import NewJob as NewJob
 from ._queue import Queue as Queue
 from ._queue import Worker as Worker

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, final
 
 from ._errors import OptionError, checked_seconds
 
@@ -17,12 +17,14 @@ RECONNECT_FIRST: Final = 0.2  # seconds; a restart of PostgreSQL takes about hal
 RECONNECT_LIMIT: Final = 5.0  # seconds; nobody wants to wait longer once the server is back
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Backoff:
     """How long a failed job waits before its next attempt.
 
     The n-th failure waits `first * factor**(n-1)` seconds, at most `limit`, then moved by up to
     `jitter` of itself in either direction, so that jobs that failed together do not return together.
+    A handler that knows better raises `RetryAfter`.
 
     Args:
         first: seconds after the first failure (>= 0).

@@ -11,7 +11,7 @@ from typing import Final
 from ._beacon import Beacon
 from ._bridge import Call, Line, clock
 from ._errors import DatabaseError
-from ._lease import Lease
+from ._lease import Lease, rescue_interval
 from ._logs import Log
 from ._model import Registration
 from ._sql import groups
@@ -90,7 +90,7 @@ class BeatLoop:
         self._beat_at = lease.next_beat(clock())
         self._look_at = math.inf
         self._reachable = True
-        self._rescue_interval = min(5.0, registration.lease_duration / 6)
+        self._rescue_interval = rescue_interval(registration.lease_duration)
         self._next_rescue = clock()  # the first round is at once: a restart after a crash wants its jobs
         self._next_partitions = clock() + PARTITION_INTERVAL * random.random()
 

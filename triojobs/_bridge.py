@@ -88,7 +88,7 @@ def reached(operation: str, point: str) -> None:
 
 
 class BrokenOff(Exception):
-    """The job was cancelled before its work began."""
+    """The job was cancelled before its work began, or before it ended."""
 
 
 class Call:
@@ -142,7 +142,8 @@ class Call:
         """Lift the deadline while the user's own work runs; only a cancel breaks it off.
 
         Raises:
-            BrokenOff: the cancel was there first.
+            BrokenOff: the cancel came before the block, or the block ended as if there had been none: it
+                was not in a statement of its connection, or has swallowed the error of that.
         """
         with self.lock:
             if self.unwanted:
@@ -152,9 +153,12 @@ class Call:
             yield
         finally:
             with self.lock:
+                unwanted = self.unwanted
                 if not self.breaking:
                     self.extend()
                 self.guarded = True
+        if unwanted:
+            raise BrokenOff
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

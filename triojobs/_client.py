@@ -13,10 +13,9 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
-    Mapping,
 )
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
-from typing import Any, Final, ParamSpec, TypeVar, overload
+from typing import Any, Final, ParamSpec, TypeVar, Unpack, overload
 
 import trio
 
@@ -32,16 +31,25 @@ from ._errors import (
     OptionError,
     TriojobsError,
     checked_seconds,
-    cut,
+    reason,
 )
 from ._flusher import Flusher
 from ._logs import Log
-from ._model import Enqueued, JobInfo, JobStatus, KeyUntil, NewRow, OnConflict, RawJob
+from ._model import Enqueued, JobInfo, JobStatus, NewRow, RawJob
 from ._options import checked_count, checked_text
-from ._queue import NewJob, Queue, new_row, plain_row
+from ._queue import (
+    JobOptions,
+    JobOptionsButTimeout,
+    NewJob,
+    Payloads,
+    Queue,
+    checked_payloads,
+    new_row,
+    plain_row,
+)
 from ._store import Store
 
-__all__ = ["IN_TRIO", "Client", "async_side", "info_of", "on_loop", "wrong_side"]
+__all__ = ["IN_TRIO", "Client", "async_side", "entered_twice", "info_of", "on_loop", "wrong_side"]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
@@ -61,6 +69,15 @@ def wrong_side(method: str, instead: str) -> TriojobsError:
     """Return the error for a method that was called from the wrong place."""
     return TriojobsError(
         f"{method} was called from the wrong place", operation="calling triojobs", hint=instead
+    )
+
+
+def entered_twice(function: str) -> TriojobsError:
+    """Return the error for a scope that is entered a second time."""
+    return TriojobsError(
+        f"what {function} returned was entered twice",
+        operation="calling triojobs",
+        hint=f"call {function} for each `async with`",
     )
 
 
@@ -115,32 +132,12 @@ class Client:
         self,
         queue: Queue[PayloadT, Any],
         payload: PayloadT,
-        *,
-        delay: float | None = None,
-        run_at: dt.datetime | None = None,
-        priority: int = 0,
-        max_attempts: int = 5,
-        timeout: float | None = None,
-        deadline: dt.datetime | None = None,
-        key: str | None = None,
-        key_until: KeyUntil = "kept",
-        metadata: Mapping[str, Any] | None = None,
-        job_id: int | None = None,
-        on_conflict: OnConflict = "raise",
+        **options: Unpack[JobOptions],
     ) -> int:
         """Enqueue one job and return its id, once it is committed.
 
         Args:
-            delay: seconds from now (server clock) until it is due. run_at: the same as an aware time.
-            priority: 0 to 2**31-1, higher runs first. max_attempts: how often it may be tried.
-            timeout: seconds for one attempt. deadline: aware time after which it is not started.
-            key: at most one job per queue and key (up to 1024 bytes, case-sensitive, "" is a key).
-            key_until: how long the key is taken: "kept" (as long as the job is kept), "ended" (until
-                it is done, killed or cancelled), or seconds from now.
-            metadata: JSON object, up to 8 KiB, handed to the handler and shown to operators.
-            job_id: from `new_job_id`; enqueueing the same id again is a no-op.
-            on_conflict: when the key is taken: "raise", "return" the other job's id, or "replace"
-                the other job's body if it has not started.
+            options: `delay`, `priority`, `key` and so on: see `JobOptions`.
 
         Raises:
             OptionError: an argument is out of its range; nothing was written.
@@ -149,68 +146,31 @@ class Client:
 
         Cancellation: all or nothing.
         """
-        new = NewJob(
-            payload,
-            delay=delay,
-            run_at=run_at,
-            priority=priority,
-            max_attempts=max_attempts,
-            timeout=timeout,
-            deadline=deadline,
-            key=key,
-            key_until=key_until,
-            metadata=metadata,
-            job_id=job_id,
-            on_conflict=on_conflict,
-        )
-        return (await self._enqueue_one(queue, new)).id
+        return (await self._enqueue_one(queue, NewJob(payload, **options))).id
 
     @async_side(FROM_THREAD)
     async def try_enqueue(
         self,
         queue: Queue[PayloadT, Any],
         payload: PayloadT,
-        *,
-        delay: float | None = None,
-        run_at: dt.datetime | None = None,
-        priority: int = 0,
-        max_attempts: int = 5,
-        timeout: float | None = None,
-        deadline: dt.datetime | None = None,
-        key: str | None = None,
-        key_until: KeyUntil = "kept",
-        metadata: Mapping[str, Any] | None = None,
-        job_id: int | None = None,
-        on_conflict: OnConflict = "return",
+        **options: Unpack[JobOptions],
     ) -> Enqueued:
-        """Like `enqueue`, but tell whether this call created the job or replaced another's body."""
-        new = NewJob(
-            payload,
-            delay=delay,
-            run_at=run_at,
-            priority=priority,
-            max_attempts=max_attempts,
-            timeout=timeout,
-            deadline=deadline,
-            key=key,
-            key_until=key_until,
-            metadata=metadata,
-            job_id=job_id,
-            on_conflict=on_conflict,
-        )
-        return await self._enqueue_one(queue, new)
+        """Like `enqueue`, but tell whether this call created the job or replaced another's body.
+
+        A key that is taken raises no error, unless `on_conflict` says so: it is "return" by default.
+        """
+        options.setdefault("on_conflict", "return")
+        return await self._enqueue_one(queue, NewJob(payload, **options))
 
     async def _enqueue_one(self, queue: Queue[Any, Any], new: NewJob[Any]) -> Enqueued:
         self._check_open()
         return await self._flusher.enqueue(new_row(queue, new))
 
     @async_side(FROM_THREAD)
-    async def enqueue_many(
-        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
-    ) -> list[int]:
+    async def enqueue_many(self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]) -> list[int]:
         """Enqueue jobs in one transaction, whatever their number; ids in the order given.
 
-        Items are payloads, or `NewJob`s with options of their own. An empty list returns [].
+        Each item is a payload, or a `NewJob` with options of its own. An empty list returns [].
 
         Raises: as `enqueue`; a taken key undoes the whole call and `index` names the item.
 
@@ -220,17 +180,17 @@ class Client:
 
     @async_side(FROM_THREAD)
     async def try_enqueue_many(
-        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
+        self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]
     ) -> list[Enqueued]:
         """Like `enqueue_many`, but tell for each item whether it was created or replaced."""
         return await self._enqueue_rows(queue, payloads)
 
     async def _enqueue_rows(
-        self, queue: Queue[Any, Any], items: Iterable[Any], *, first: int = 0
+        self, queue: Queue[Any, Any], payloads: Payloads[Any], *, first: int = 0
     ) -> list[Enqueued]:
         self._check_open()
         rows: list[NewRow] = []
-        for index, item in enumerate(items, first):
+        for index, item in enumerate(checked_payloads(payloads), first):
             if len(rows) % ENCODED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             rows.append(row_of(queue, item, index))
@@ -282,16 +242,7 @@ class Client:
         *,
         timeout: float | None = None,
         job_timeout: float | None = None,
-        delay: float | None = None,
-        run_at: dt.datetime | None = None,
-        priority: int = 0,
-        max_attempts: int = 5,
-        deadline: dt.datetime | None = None,
-        key: str | None = None,
-        key_until: KeyUntil = "kept",
-        metadata: Mapping[str, Any] | None = None,
-        job_id: int | None = None,
-        on_conflict: OnConflict = "raise",
+        **options: Unpack[JobOptionsButTimeout],
     ) -> int:
         """Enqueue one job from any thread; block until it is committed; return its id.
 
@@ -310,20 +261,7 @@ class Client:
         self._check_open()
         if timeout is not None:
             checked_seconds("timeout", timeout)
-        new = NewJob(
-            payload,
-            delay=delay,
-            run_at=run_at,
-            priority=priority,
-            max_attempts=max_attempts,
-            timeout=job_timeout,
-            deadline=deadline,
-            key=key,
-            key_until=key_until,
-            metadata=metadata,
-            job_id=job_id,
-            on_conflict=on_conflict,
-        )
+        new = NewJob(payload, timeout=job_timeout, **options)
         return self._flusher.enqueue_from_thread(new_row(queue, new), timeout, check_cancelled).id
 
     @async_side(IN_TRIO)
@@ -366,9 +304,17 @@ class Client:
                 return result_of(raw, queue)
         raise AssertionError  # one id gives one end, or JobNotFoundError
 
+    @overload
     def as_completed(
-        self, job_ids: Iterable[int], queue: Queue[PayloadT, Any] | None = None
-    ) -> AbstractAsyncContextManager[AsyncIterator[JobInfo[PayloadT]]]:
+        self, job_ids: Iterable[int]
+    ) -> AbstractAsyncContextManager[AsyncIterator[JobInfo[Any]]]: ...
+    @overload
+    def as_completed(
+        self, job_ids: Iterable[int], queue: Queue[PayloadT, Any]
+    ) -> AbstractAsyncContextManager[AsyncIterator[JobInfo[PayloadT]]]: ...
+    def as_completed(
+        self, job_ids: Iterable[int], queue: Queue[Any, Any] | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[JobInfo[Any]]]:
         """Iterate over jobs as they end: `async with client.as_completed(ids) as done: async for info in done`.
 
         An id given twice comes once. Jobs that have ended already come first, in the order in which
@@ -435,20 +381,16 @@ def checked_job_id(value: object) -> int:
     return checked_count("job_id", value, least=-(2**63), most=2**63 - 1)
 
 
-def rows_of(queue: Queue[Any, Any], items: Iterable[Any]) -> list[NewRow]:
+def rows_of(queue: Queue[Any, Any], payloads: Payloads[Any]) -> list[NewRow]:
     """Validate and encode all items before anything is sent; errors name the item."""
-    return [row_of(queue, item, index) for index, item in enumerate(items)]
+    return [row_of(queue, item, index) for index, item in enumerate(checked_payloads(payloads))]
 
 
 def row_of(queue: Queue[Any, Any], item: Any, index: int) -> NewRow:
     """Validate and encode one item of a call; errors name it."""
-    try:
-        if isinstance(queue, Queue) and not isinstance(item, NewJob):
-            return plain_row(queue, item)
-        return new_row(queue, item)
-    except OptionError as exc:
-        exc.add_note(f"item {index} of the call")
-        raise
+    if isinstance(queue, Queue) and not isinstance(item, NewJob):
+        return plain_row(queue, item, index)
+    return new_row(queue, item, index)
 
 
 @contextmanager
@@ -538,7 +480,7 @@ def _fitting(what: str, raw: RawJob, queue: Queue[Any, Any]) -> Iterator[None]:
         raise
     except Exception as exc:
         raise CodecError(
-            f"the {what} of job {raw.id} does not fit {queue!r}: {cut(exc)}",
+            f"the {what} of job {raw.id} does not fit {queue!r}: {reason(exc)}",
             operation="reading jobs",
             hint="declare the queue as its producers and workers do, or read the job without it",
         ) from exc

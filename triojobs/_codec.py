@@ -21,7 +21,7 @@ import cbor2
 import msgspec
 import msgspec.inspect
 
-from ._errors import CodecError, OptionError, cut
+from ._errors import CodecError, OptionError, Size, cut, reason
 
 __all__ = [
     "CborCodec",
@@ -77,7 +77,7 @@ class CborCodec:
         try:
             value = cbor2.load(stream)
         except Exception as exc:
-            raise CodecError(f"{len(data)} bytes are no CBOR: {cut(exc)}", operation="decoding") from exc
+            raise CodecError(f"{len(data)} bytes are no CBOR: {reason(exc)}", operation="decoding") from exc
         if stream.tell() != len(data):
             raise CodecError(
                 f"{len(data) - stream.tell()} of {len(data)} bytes follow the CBOR value",
@@ -114,7 +114,7 @@ class JsonCodec:
         try:
             return msgspec.json.decode(data)
         except Exception as exc:
-            raise CodecError(f"{len(data)} bytes are no JSON: {cut(exc)}", operation="decoding") from exc
+            raise CodecError(f"{len(data)} bytes are no JSON: {reason(exc)}", operation="decoding") from exc
 
     def decode(self, data: bytes, type: Any) -> Any:
         """Return `data` as `type`; CodecError when it can never be read, other errors when it does not fit."""
@@ -190,10 +190,10 @@ def encode(field: str, value: Any, type: Any, codec: Codec, *, limit: int) -> by
             lost = None if whole else _lost(data, typed, codec)
     except Exception as exc:
         raise EncodeError(
-            field, value, f"a value of {_name(type)} that {codec.name} can encode ({cut(exc)})"
+            field, value, f"a value of {_name(type)} that {codec.name} can encode ({reason(exc)})"
         ) from exc
     if len(data) > limit:
-        raise EncodeError(field, f"{len(data)} bytes", f"at most {limit} bytes when encoded")
+        raise EncodeError(field, Size(len(data)), f"at most {limit} bytes when encoded")
     if lost is not None:
         raise EncodeError(field, value, f"a value of {_name(type)}, which has no field {cut(repr(lost))}")
     return data
@@ -259,7 +259,7 @@ def check_type(field: str, type: Any, codec: Codec) -> None:
     except NameError:
         return
     except Exception as exc:
-        raise OptionError(field, type, f"a type that msgspec can convert ({cut(exc)})") from exc
+        raise OptionError(field, type, f"a type that msgspec can convert ({reason(exc)})") from exc
     if unknown is not None:
         limit = (
             f"a type that msgspec can convert ({_name(unknown)} is none, and {codec.name} cannot carry it)"

@@ -142,19 +142,18 @@ class CommitAttempt:
             finally:
                 # The fence, and the next job, find the connection as we opened it.
                 conn.row_factory, conn.cursor_factory, conn.prepare_threshold = as_opened
-            self._check_transaction(call)
-            return None if self._encode is None else self._encode(self.value)
+            data = None if self._encode is None else self._encode(self.value)
+        self._check_transaction(conn)
+        return data
 
-    def _check_transaction(self, call: Call) -> None:
-        match call.conn.pgconn.transaction_status:
+    def _check_transaction(self, conn: psycopg.Connection[Any]) -> None:
+        match conn.pgconn.transaction_status:
             case TransactionStatus.IDLE:
                 raise TriojobsError(
                     f"the work of job {self.claim.job_id} ended the transaction itself",
                     operation="committing",
                     hint="leave COMMIT and ROLLBACK to Job.commit and Job.transact",
                 )
-            case TransactionStatus.INERROR if call.unwanted:
-                raise BrokenOff  # work has swallowed that it was cancelled
             case TransactionStatus.INERROR:
                 raise TriojobsError(
                     f"the work of job {self.claim.job_id} went on after an error of the database",

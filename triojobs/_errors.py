@@ -43,6 +43,18 @@ def shown(value: object) -> str:
     return cut(text, SHOWN_VALUE_LIMIT)
 
 
+class Size(int):
+    """A number of bytes, as the value of an error."""
+
+    def __repr__(self) -> str:
+        return f"{int(self)} bytes"
+
+
+def reason(exc: BaseException) -> str:
+    """Return another library's words on one line, cut."""
+    return " ".join(cut(exc).split())
+
+
 def cut(text: object, limit: int = SHOWN_REASON_LIMIT) -> str:
     """Return a text, cut to `limit` characters with a marker."""
     try:
@@ -61,6 +73,9 @@ class TriojobsError(Exception):
     """
 
     def __init__(self, what: str, *, operation: str = "", hint: str = "") -> None:
+        self._tell(what, operation=operation, hint=hint)
+
+    def _tell(self, what: str, *, operation: str, hint: str) -> None:
         self.operation = operation
         self.hint = hint
         text = f"while {operation}: {what}" if operation else what
@@ -82,15 +97,26 @@ class OptionError(TriojobsError, ValueError):
 
     Attributes:
         field: the argument's name.
-        value: what was given (shown cut to 120 characters).
+        value: what was given (shown cut to 120 characters); of something too large its size.
         limit: what is allowed, in words.
+        index: the position in a call with many items, or None.
     """
 
     def __init__(self, field: str, value: object, limit: str, *, operation: str = "", hint: str = "") -> None:
         self.field = field
         self.value = value
         self.limit = limit
-        super().__init__(f"{field} is {shown(value)}, but must be {limit}", operation=operation, hint=hint)
+        self.index: int | None = None
+        super().__init__(self._what(), operation=operation, hint=hint)
+
+    def _what(self) -> str:
+        item = "" if self.index is None else f" of item {self.index} of the call"
+        return f"{self.field}{item} is {shown(self.value)}, but must be {self.limit}"
+
+    def locate(self, operation: str, index: int | None = None) -> None:
+        """Say what was being done, and which item of the call is refused."""
+        self.index = index if self.index is None else self.index
+        self._tell(self._what(), operation=self.operation or operation, hint=self.hint)
 
 
 class DatabaseError(TriojobsError):

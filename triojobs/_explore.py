@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, Unpack
 
 import trio
 import trio.testing
@@ -25,7 +25,7 @@ from ._job import Job
 from ._memory import MemoryDatabase, MemoryStore
 from ._model import JobInfo, JobStatus
 from ._options import GroupOptions, checked_count
-from ._queue import NewJob, Queue, Worker, new_row
+from ._queue import JobOptions, NewJob, Queue, Worker, new_row
 
 __all__ = ["Exploration", "ExplorationError", "Explored", "explore"]
 
@@ -116,7 +116,7 @@ def explore(
     before: Callable[[], object] | None = None,
     seeds: int = 1,
     only: tuple[int, int | None] | None = None,
-    **job_options: Any,
+    **job_options: Unpack[JobOptions],
 ) -> Exploration:
     """Cancel a worker's handler before each schedule point in turn, finish the job, and check.
 

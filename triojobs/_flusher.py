@@ -240,6 +240,8 @@ class Flusher:
         self, row: NewRow, timeout: float | None, check_cancelled: Callable[[], None]
     ) -> Enqueued:
         """Leave a row from any thread and block until its answer."""
+        # First: a thread whose task was cancelled shall not go on enqueueing, however quick the answers are.
+        check_cancelled()
         answered = ThreadEvent()
         entry = Entry(row, answered.set)
         patience = Patience(timeout, check_cancelled)

@@ -35,7 +35,7 @@ import trio
 from trio_util import AsyncBool
 
 from ._backoff import reconnect_delay
-from ._client import IN_TRIO, Client, async_side, on_loop, wrong_side
+from ._client import IN_TRIO, Client, async_side, entered_twice, on_loop, wrong_side
 from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
 from ._fetcher import Fetcher
@@ -74,13 +74,12 @@ class WorkerGroup:
 
     Attributes:
         client: enqueue and look after jobs through this group's connections, while it is open.
-        name: as given. report: what was done; complete once `wait_stopped` returned or the block
-            was left, until then as it stands.
+        name: as given.
     """
 
     def __init__(self, store: Store, workers: Sequence[Worker[Any, Any]], options: GroupOptions) -> None:
         self.name: str = options.name
-        self.report: ShutdownReport = ShutdownReport()
+        self._report: ShutdownReport | None = None
         self._store = store
         self._workers = list(workers)
         self._options = options
@@ -103,6 +102,11 @@ class WorkerGroup:
     def group_id(self) -> uuid.UUID:
         """The id of the present registration; a lost lease brings a new one."""
         return self._registrations[-1].group_id
+
+    @property
+    def report(self) -> ShutdownReport:
+        """What was done; complete once `wait_stopped` returned or the block was left, until then as it stands."""
+        return self._as_it_stands() if self._report is None else self._report
 
     def stop(self) -> None:
         """Begin a graceful stop: claim nothing more, let handlers end. Does not cancel the body. Idempotent."""
@@ -358,7 +362,8 @@ class WorkerGroup:
                 self._store.release_lease(live.group_id)
                 live.service_scope.cancel()
                 live.settle_scope.cancel()
-            self._finish_report()
+            duration = max(0.0, trio.current_time() - self._stopping_since)
+            self._report = replace(self._as_it_stands(), duration=duration)
             self._stopped.set()
 
     async def _wait_for_children(self) -> None:
@@ -429,16 +434,15 @@ class WorkerGroup:
         self._store.release_lease(live.group_id)
         await live.beating.wait_value(False)
 
-    def _finish_report(self) -> None:
+    def _as_it_stands(self) -> ShutdownReport:
         settled: Counter[Outcome] = Counter()
         for live in self._registrations:
             settled.update(live.ledger.settled)
-        self.report = ShutdownReport(
+        return ShutdownReport(
             settled={str(outcome): settled[outcome] for outcome in SETTLED},
             released=sum(live.ledger.released for live in self._registrations),
             abandoned=tuple(sorted(set(self._abandoned))),
             unknown_claims=self._unknown_claims,
-            duration=max(0.0, trio.current_time() - self._stopping_since),
             group_ids=tuple(live.group_id for live in self._registrations),
         )
 
@@ -455,12 +459,16 @@ class GroupContext:
         self._make_store = make_store
         self._workers = checked_workers(workers)
         self._options = options
+        self._entered = False
         self._group: WorkerGroup
         self._nursery_manager: Any
         self._store: Store
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> WorkerGroup:
+        if self._entered:
+            raise entered_twice("open_worker_group")
+        self._entered = True
         self._store = store = self._make_store()
         group = WorkerGroup(store, self._workers, self._options)
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "rescue_interval"]
 
 
 class Lease:
@@ -57,3 +57,8 @@ class Lease:
     def provable(self, now: float) -> bool:
         """Return whether nobody else can have rescued this registration by `now`."""
         return now < self.until
+
+
+def rescue_interval(lease_duration: float) -> float:
+    """Return the longest time between two looks for groups whose lease has ended (drawn anew each time)."""
+    return min(5.0, lease_duration / 6)

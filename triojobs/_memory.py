@@ -25,7 +25,7 @@ import trio
 from ._backoff import reconnect_delay
 from ._beacon import Beacon
 from ._errors import DatabaseError, StaleClaimError, TriojobsError
-from ._lease import Lease
+from ._lease import Lease, rescue_interval
 from ._logs import Log
 from ._memory_retention import prune
 from ._memory_tables import EPOCH, OutcomeRow, Snapshot, Tables
@@ -357,7 +357,7 @@ class MemoryStore:
         group_id = registration.group_id
         control = self._beats.setdefault(group_id, BeatControl())
         line = trio.CapacityLimiter(1)
-        rescue_interval = min(5.0, registration.lease_duration / 6)
+        interval = rescue_interval(registration.lease_duration)
         next_rescue = self.now()  # the first round is at once: a restart after a crash wants its jobs
         try:
             await trio.lowlevel.checkpoint()
@@ -366,7 +366,7 @@ class MemoryStore:
                 if control.stopped or not await self._beat(line, group_id, lease, control, events):
                     return
                 if self.now() >= next_rescue:
-                    next_rescue = self.now() + rescue_interval * (0.5 + 0.5 * self._random())
+                    next_rescue = self.now() + interval * (0.5 + 0.5 * self._random())
                     await self._rescue(line, events)
         finally:
             del self._beats[group_id]

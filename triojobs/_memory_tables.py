@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
-from ._errors import DatabaseError, DuplicateJobError, JobNotFoundError, OptionError
+from ._errors import DatabaseError, DuplicateJobError, JobNotFoundError
 from ._model import (
     CancelRequest,
     Claim,
@@ -31,6 +31,7 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._queue import job_of_another_queue, unknown_job_id
 
 __all__ = ["EPOCH", "PROMOTE_LIMIT", "GroupRow", "LeaseRow", "OutcomeRow", "Snapshot", "Tables"]
 
@@ -210,8 +211,7 @@ class Tables:
     def _enqueue_special(self, rows: Sequence[NewRow], special: list[int], now: float) -> list[Enqueued]:
         for row in rows:
             if row.job_id is not None and not 1 <= row.job_id <= self.last_id:
-                limit = "an id that new_job_id() handed out"
-                raise OptionError("job_id", row.job_id, limit, operation="enqueueing")
+                raise unknown_job_id(row)
         chosen = set(special)
         plain = [i for i in range(len(rows)) if i not in chosen]
         answers = {
@@ -234,6 +234,8 @@ class Tables:
 
     def _enqueue_one(self, job_id: int, row: NewRow, now: float) -> Enqueued:
         if job_id in self.jobs:
+            if self.jobs[job_id].row.queue != row.queue:
+                raise job_of_another_queue(row, self.jobs[job_id].row.queue)
             return Enqueued(job_id, created=False)  # the safe repetition after a lost reply
         if row.key is None:
             return self._insert(job_id, row, now)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict
 
 import trio
 
-from ._client import Client
+from ._client import Client, entered_twice
 from ._errors import checked_seconds
 from ._flusher import Flusher
 from ._group import GroupContext, checked_workers, default_name, with_workers
@@ -19,9 +19,36 @@ from ._queue import Worker
 from ._retention import DEFAULT_RETENTION, Retention, checked_retention
 from ._store import Store
 
-__all__ = ["open_client", "open_worker_group"]
+__all__ = ["GroupKeywords", "open_client", "open_worker_group"]
 
 CLIENT_CLOSE_TIMEOUT: Final = 5.0  # seconds in which a closing client answers everybody
+
+
+class GroupKeywords(TypedDict, total=False):
+    """The keywords of `open_worker_group`; see `GroupOptions` for their meaning."""
+
+    name: str | None
+    schema: str
+    grace_period: float
+    close_timeout: float
+    call_timeout: float
+    lease_duration: float
+    lease_margin: float
+    beat_interval: float
+    loop_dead_after: float | None
+    hard_stop: Callable[[HardStop], object] | None
+    hard_stop_after: float | None
+    poll_interval: float
+    listening_poll_interval: float
+    rescan_interval: float
+    claim_linger: float
+    listen_conninfo: str | None
+    notify: bool
+    pooled: bool
+    job_connections: int | None
+    concurrency: int | None
+    isolation: Literal["slot", "task"]
+    retention: Retention | None
 
 
 def open_worker_group(
@@ -117,12 +144,16 @@ class ClientContext:
     def __init__(self, store: Store, close_timeout: float) -> None:
         self._store = store
         self._close_timeout = close_timeout
+        self._entered = False
         self._client: Client
         self._flusher: Flusher
         self._nursery_manager: Any
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Client:
+        if self._entered:
+            raise entered_twice("open_client")
+        self._entered = True
         try:
             await self._store.open()
         except BaseException:

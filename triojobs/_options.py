@@ -218,11 +218,6 @@ class GroupOptions:
             if not isinstance(getattr(self, field), bool):
                 raise OptionError(field, getattr(self, field), "True or False")
 
-    @property
-    def exit_bound(self) -> float:
-        """Longest time that leaving the group takes, given handlers that obey cancellation."""
-        return self.grace_period + self.close_timeout + self.call_timeout + 1.0
-
     def _check_hard_stop(self) -> None:
         if self.hard_stop is not None and (
             not callable(self.hard_stop) or inspect.iscoroutinefunction(self.hard_stop)
@@ -244,8 +239,3 @@ class GroupOptions:
     def loop_death(self) -> float:
         """`loop_dead_after` with its default filled in."""
         return 10 * self.lease_duration if self.loop_dead_after is None else self.loop_dead_after
-
-    @property
-    def rescue_interval(self) -> float:
-        """Longest time between two looks for groups whose lease has ended (drawn anew each time)."""
-        return min(5.0, self.lease_duration / 6)

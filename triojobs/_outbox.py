@@ -6,15 +6,13 @@ event loop needed. The caller's connection may have any settings; it is left as 
 
 from __future__ import annotations
 
-import datetime as dt
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
 from ._client import naming_items, rows_of
 from ._errors import OptionError
-from ._model import Enqueued, KeyUntil, NewRow, OnConflict
+from ._model import Enqueued, NewRow
 from ._options import DEFAULT_SCHEMA, checked_schema
-from ._queue import NewJob, Queue, new_row
+from ._queue import JobOptions, NewJob, Payloads, Queue, new_row
 from ._sync_store import enqueue_on_connection, is_connection
 
 if TYPE_CHECKING:
@@ -37,23 +35,13 @@ def enqueue_on(
     payload: PayloadT,
     *,
     schema: str = DEFAULT_SCHEMA,
-    delay: float | None = None,
-    run_at: dt.datetime | None = None,
-    priority: int = 0,
-    max_attempts: int = 5,
-    timeout: float | None = None,
-    deadline: dt.datetime | None = None,
-    key: str | None = None,
-    key_until: KeyUntil = "kept",
-    metadata: Mapping[str, Any] | None = None,
-    job_id: int | None = None,
-    on_conflict: OnConflict = "raise",
+    **options: Unpack[JobOptions],
 ) -> int:
     """Enqueue one job in the caller's transaction; return its id.
 
     Args:
         conn: a synchronous psycopg connection. In autocommit mode, outside of a transaction, the
-            call is a transaction of its own. schema: where the tables are. Others: see `Client.enqueue`.
+            call is a transaction of its own. schema: where the tables are. options: see `JobOptions`.
 
     Raises:
         OptionError, DuplicateJobError, DatabaseError: this call alone is undone (savepoint); the
@@ -61,21 +49,7 @@ def enqueue_on(
 
     Threads: any; blocks its thread.
     """
-    new = NewJob(
-        payload,
-        delay=delay,
-        run_at=run_at,
-        priority=priority,
-        max_attempts=max_attempts,
-        timeout=timeout,
-        deadline=deadline,
-        key=key,
-        key_until=key_until,
-        metadata=metadata,
-        job_id=job_id,
-        on_conflict=on_conflict,
-    )
-    return _enqueue(conn, [new_row(queue, new)], schema)[0].id
+    return _enqueue(conn, [new_row(queue, NewJob(payload, **options))], schema)[0].id
 
 
 def try_enqueue_on(
@@ -84,40 +58,17 @@ def try_enqueue_on(
     payload: PayloadT,
     *,
     schema: str = DEFAULT_SCHEMA,
-    delay: float | None = None,
-    run_at: dt.datetime | None = None,
-    priority: int = 0,
-    max_attempts: int = 5,
-    timeout: float | None = None,
-    deadline: dt.datetime | None = None,
-    key: str | None = None,
-    key_until: KeyUntil = "kept",
-    metadata: Mapping[str, Any] | None = None,
-    job_id: int | None = None,
-    on_conflict: OnConflict = "return",
+    **options: Unpack[JobOptions],
 ) -> Enqueued:
     """Like `enqueue_on`, but tell whether this call created the job or replaced another's body."""
-    new = NewJob(
-        payload,
-        delay=delay,
-        run_at=run_at,
-        priority=priority,
-        max_attempts=max_attempts,
-        timeout=timeout,
-        deadline=deadline,
-        key=key,
-        key_until=key_until,
-        metadata=metadata,
-        job_id=job_id,
-        on_conflict=on_conflict,
-    )
-    return _enqueue(conn, [new_row(queue, new)], schema)[0]
+    options.setdefault("on_conflict", "return")
+    return _enqueue(conn, [new_row(queue, NewJob(payload, **options))], schema)[0]
 
 
 def enqueue_many_on(
     conn: psycopg.Connection[Any],
     queue: Queue[PayloadT, Any],
-    payloads: Iterable[PayloadT | NewJob[PayloadT]],
+    payloads: Payloads[PayloadT],
     *,
     schema: str = DEFAULT_SCHEMA,
 ) -> list[int]:
@@ -129,7 +80,7 @@ def enqueue_many_on(
 def try_enqueue_many_on(
     conn: psycopg.Connection[Any],
     queue: Queue[PayloadT, Any],
-    payloads: Iterable[PayloadT | NewJob[PayloadT]],
+    payloads: Payloads[PayloadT],
     *,
     schema: str = DEFAULT_SCHEMA,
 ) -> list[Enqueued]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeAlias, TypedDict, TypeVar, overload
 
 from ._backoff import Backoff
 from ._codec import CBOR, CborCodec, Codec, EncodeError, JsonCodec, check_type, decode, encode
@@ -25,11 +25,24 @@ from ._options import (
 if TYPE_CHECKING:
     from ._job import Job
 
-__all__ = ["NewJob", "Queue", "Worker", "new_row"]
+__all__ = [
+    "JobOptions",
+    "JobOptionsButTimeout",
+    "NewJob",
+    "Payloads",
+    "Queue",
+    "Worker",
+    "checked_payloads",
+    "job_of_another_queue",
+    "new_row",
+    "plain_row",
+    "unknown_job_id",
+]
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
 
+ENQUEUEING: Final = "enqueueing"
 DEFAULT_CONCURRENCY: Final = 10  # handlers at once per worker: enough to hide round trips, kind to memory
 
 
@@ -148,9 +161,46 @@ class Queue(Generic[PayloadT, ResultT]):
         return value
 
 
+class JobOptionsButTimeout(TypedDict, total=False):
+    """`JobOptions` without `timeout`: where that name means how long a thread waits."""
+
+    delay: float | None
+    run_at: dt.datetime | None
+    priority: int
+    max_attempts: int
+    deadline: dt.datetime | None
+    key: str | None
+    key_until: KeyUntil
+    metadata: Mapping[str, Any] | None
+    job_id: int | None
+    on_conflict: OnConflict
+
+
+class JobOptions(JobOptionsButTimeout, total=False):
+    """The keywords of every form of enqueue, and of `NewJob`.
+
+    Attributes:
+        delay: seconds from now (server clock) until it is due (default 0).
+        run_at: the same as an aware time; one in the past is due at once.
+        priority: 0 (default) to 2**31-1, higher runs first.
+        max_attempts: how often it may be tried (default 5).
+        timeout: seconds for one attempt (default: the worker's).
+        deadline: aware time after which it is not started, and is cancelled when it runs.
+        key: at most one job per queue and key (up to 1024 bytes, case-sensitive, "" is a key).
+        key_until: how long the key is taken: "kept" (default: as long as the job is kept), "ended" (until
+            it is done, killed or cancelled), or seconds from now.
+        metadata: JSON object, up to 8 KiB, handed to the handler and shown to operators.
+        job_id: from `new_job_id`; enqueueing the same id again is a no-op.
+        on_conflict: when the key is taken: "raise" (default; of `try_enqueue` "return"), "return" the other
+            job's id, or "replace" the other job's body if it has not started.
+    """
+
+    timeout: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob(Generic[PayloadT]):
-    """One job of an `enqueue_many`, with options of its own. See `enqueue` for their meaning."""
+    """One job of an `enqueue_many`, with options of its own. See `JobOptions` for their meaning."""
 
     payload: PayloadT
     delay: float | None = field(default=None, kw_only=True)
@@ -166,7 +216,21 @@ class NewJob(Generic[PayloadT]):
     on_conflict: OnConflict = field(default="raise", kw_only=True)
 
 
-class Worker(Generic[PayloadT, ResultT]):
+Payloads: TypeAlias = Iterable[PayloadT | NewJob[PayloadT]] | Callable[[Never], PayloadT]
+"""What `enqueue_many` takes: an iterable of payloads, and of `NewJob`s with options of their own.
+
+The second form is nobody's argument (nothing can call it). With it mypy looks at the items only when the
+queue has told what a payload is; without, it takes a list of both kinds for a list of objects.
+"""
+
+
+# Covariant for type checkers alone, who would call a list of different workers a list of objects: nobody calls a
+# worker with what is of these types.
+PayloadT_co = TypeVar("PayloadT_co", covariant=True)
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+class Worker(Generic[PayloadT_co, ResultT_co]):
     """Binds one queue to one handler.
 
     Args:
@@ -185,8 +249,8 @@ class Worker(Generic[PayloadT, ResultT]):
 
     def __init__(
         self,
-        queue: Queue[PayloadT, ResultT],
-        handler: Callable[[Job[PayloadT]], Awaitable[ResultT]],
+        queue: Queue[PayloadT_co, ResultT_co],
+        handler: Callable[[Job[PayloadT_co]], Awaitable[ResultT_co]],
         *,
         concurrency: int = DEFAULT_CONCURRENCY,
         timeout: float | None = None,
@@ -202,8 +266,8 @@ class Worker(Generic[PayloadT, ResultT]):
             raise OptionError("handler", handler, "an async function that takes a job")
         if not isinstance(retry, Backoff):
             raise OptionError("retry", retry, "a triojobs.Backoff")
-        self.queue: Queue[PayloadT, ResultT] = queue
-        self.handler: Callable[[Job[PayloadT]], Awaitable[ResultT]] = handler
+        self.queue: Queue[PayloadT_co, ResultT_co] = queue
+        self.handler: Callable[[Job[PayloadT_co]], Awaitable[ResultT_co]] = handler
         self.concurrency: int = checked_count("concurrency", concurrency, most=100_000)
         self.timeout: float | None = (
             None if timeout is None else checked_seconds("timeout", timeout, positive=True)
@@ -214,17 +278,42 @@ class Worker(Generic[PayloadT, ResultT]):
         return f"Worker({self.queue.name!r}, concurrency={self.concurrency})"
 
 
-def plain_row(queue: Queue[Any, Any], payload: Any) -> NewRow:
+def checked_payloads(payloads: Any) -> Iterable[Any]:
+    """Return what `enqueue_many` may take; text or a mapping is one payload and no collection of them."""
+    if isinstance(payloads, (str, bytes, bytearray, Mapping)) or not isinstance(payloads, Iterable):
+        raise OptionError(
+            "payloads",
+            payloads,
+            "an iterable of payloads, and of NewJobs",
+            operation=ENQUEUEING,
+            hint="one payload goes to `enqueue`, or into a list",
+        )
+    return payloads
+
+
+def plain_row(queue: Queue[Any, Any], payload: Any, index: int | None = None) -> NewRow:
     """Encode one payload without options. As `new_row`, at a third of its price."""
-    return NewRow(queue.name, queue.encode_payload(payload), queue.codec.name)
+    try:
+        return NewRow(queue.name, queue.encode_payload(payload), queue.codec.name)
+    except OptionError as exc:
+        exc.locate(ENQUEUEING, index)
+        raise
 
 
-def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
-    """Validate and encode one job.
+def new_row(queue: Queue[Any, Any], job: NewJob[Any], index: int | None = None) -> NewRow:
+    """Validate and encode one job; `index` is its place in a call with many.
 
     Raises:
         OptionError: names the field, its value and the limit; nothing was sent.
     """
+    try:
+        return _new_row(queue, job)
+    except OptionError as exc:
+        exc.locate(ENQUEUEING, index)
+        raise
+
+
+def _new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
     if not isinstance(queue, Queue):
         raise OptionError("queue", queue, "a triojobs.Queue")
     if isinstance(job.payload, NewJob):
@@ -250,6 +339,21 @@ def new_row(queue: Queue[Any, Any], job: NewJob[Any]) -> NewRow:
         metadata=checked_metadata("metadata", job.metadata),
         job_id=None if job.job_id is None else checked_count("job_id", job.job_id, most=2**63 - 1),
         on_conflict=job.on_conflict,
+    )
+
+
+def unknown_job_id(row: NewRow) -> OptionError:
+    """Return the error for a job_id that is none of ours."""
+    return OptionError("job_id", row.job_id, "an id that new_job_id() handed out", operation=ENQUEUEING)
+
+
+def job_of_another_queue(row: NewRow, queue: str) -> OptionError:
+    """Return the error for a job_id under which another job was enqueued."""
+    return OptionError(
+        "job_id",
+        row.job_id,
+        f"an id of a job of queue {row.queue!r}, or one that is not used yet (queue {queue!r} has it)",
+        operation=ENQUEUEING,
     )
 
 

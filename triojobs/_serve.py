@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import trio
 
 from ._group import WorkerGroup
 from ._model import ShutdownReport
-from ._open import open_worker_group
+from ._open import GroupKeywords, open_worker_group
 from ._queue import Worker
 
 __all__ = ["serve"]
@@ -26,7 +26,7 @@ async def serve(
     workers: Sequence[Worker[Any, Any]],
     *,
     task_status: trio.TaskStatus[WorkerGroup] = trio.TASK_STATUS_IGNORED,
-    **options: Any,
+    **options: Unpack[GroupKeywords],
 ) -> ShutdownReport:
     """Run a worker group until SIGTERM or SIGINT; return its report.
 

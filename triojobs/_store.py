@@ -32,7 +32,7 @@ from ._model import (
 )
 from ._retention import Pruned, Retention
 
-__all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "CommitPort", "Compared", "ListenEvents", "Store"]
+__all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "Compared", "ListenEvents", "Store"]
 
 T = TypeVar("T")
 
@@ -97,12 +97,6 @@ class ListenEvents(Protocol):
     def listening(self, healthy: bool) -> None: ...
     def queue_woken(self, queue: str) -> None: ...
     def group_woken(self) -> None: ...
-
-
-class CommitPort(Protocol):
-    """What `Job.commit` tells while it runs in its thread."""
-
-    def committed(self) -> None: ...
 
 
 def nothing() -> None:

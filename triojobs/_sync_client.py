@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import time
-from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import trio
 
@@ -25,9 +23,9 @@ from ._client import (
 )
 from ._errors import DatabaseError, checked_seconds
 from ._logs import Log
-from ._model import Enqueued, JobInfo, KeyUntil, OnConflict
+from ._model import Enqueued, JobInfo
 from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema, checked_text
-from ._queue import NewJob, Queue, new_row
+from ._queue import JobOptions, NewJob, Payloads, Queue, new_row
 from ._sync_store import SyncStore
 
 __all__ = ["SyncClient"]
@@ -96,88 +94,35 @@ class SyncClient:
         self,
         queue: Queue[PayloadT, Any],
         payload: PayloadT,
-        *,
-        delay: float | None = None,
-        run_at: dt.datetime | None = None,
-        priority: int = 0,
-        max_attempts: int = 5,
-        timeout: float | None = None,
-        deadline: dt.datetime | None = None,
-        key: str | None = None,
-        key_until: KeyUntil = "kept",
-        metadata: Mapping[str, Any] | None = None,
-        job_id: int | None = None,
-        on_conflict: OnConflict = "raise",
+        **options: Unpack[JobOptions],
     ) -> int:
         """Enqueue one job and return its id, once it is committed. See `Client.enqueue`."""
         self._check("SyncClient.enqueue", "await client.enqueue(…)")
-        new = NewJob(
-            payload,
-            delay=delay,
-            run_at=run_at,
-            priority=priority,
-            max_attempts=max_attempts,
-            timeout=timeout,
-            deadline=deadline,
-            key=key,
-            key_until=key_until,
-            metadata=metadata,
-            job_id=job_id,
-            on_conflict=on_conflict,
-        )
-        return self._store.enqueue([new_row(queue, new)])[0].id
+        return self._store.enqueue([new_row(queue, NewJob(payload, **options))])[0].id
 
     def try_enqueue(
         self,
         queue: Queue[PayloadT, Any],
         payload: PayloadT,
-        *,
-        delay: float | None = None,
-        run_at: dt.datetime | None = None,
-        priority: int = 0,
-        max_attempts: int = 5,
-        timeout: float | None = None,
-        deadline: dt.datetime | None = None,
-        key: str | None = None,
-        key_until: KeyUntil = "kept",
-        metadata: Mapping[str, Any] | None = None,
-        job_id: int | None = None,
-        on_conflict: OnConflict = "return",
+        **options: Unpack[JobOptions],
     ) -> Enqueued:
         """Like `enqueue`, but tell whether this call created the job or replaced another's body."""
         self._check("SyncClient.try_enqueue", "await client.try_enqueue(…)")
-        new = NewJob(
-            payload,
-            delay=delay,
-            run_at=run_at,
-            priority=priority,
-            max_attempts=max_attempts,
-            timeout=timeout,
-            deadline=deadline,
-            key=key,
-            key_until=key_until,
-            metadata=metadata,
-            job_id=job_id,
-            on_conflict=on_conflict,
-        )
-        return self._store.enqueue([new_row(queue, new)])[0]
+        options.setdefault("on_conflict", "return")
+        return self._store.enqueue([new_row(queue, NewJob(payload, **options))])[0]
 
-    def enqueue_many(
-        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
-    ) -> list[int]:
+    def enqueue_many(self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]) -> list[int]:
         """Enqueue jobs in one transaction; ids in the order given. See `Client.enqueue_many`."""
         self._check("SyncClient.enqueue_many", "await client.enqueue_many(…)")
         return [entry.id for entry in self._enqueue_rows(queue, payloads)]
 
-    def try_enqueue_many(
-        self, queue: Queue[PayloadT, Any], payloads: Iterable[PayloadT | NewJob[PayloadT]]
-    ) -> list[Enqueued]:
+    def try_enqueue_many(self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]) -> list[Enqueued]:
         """Like `enqueue_many`, but tell for each item whether it was created or replaced."""
         self._check("SyncClient.try_enqueue_many", "await client.try_enqueue_many(…)")
         return self._enqueue_rows(queue, payloads)
 
-    def _enqueue_rows(self, queue: Queue[Any, Any], items: Iterable[Any]) -> list[Enqueued]:
-        rows = rows_of(queue, items)
+    def _enqueue_rows(self, queue: Queue[Any, Any], payloads: Payloads[Any]) -> list[Enqueued]:
+        rows = rows_of(queue, payloads)
         with naming_items():
             return self._store.enqueue(rows) if rows else []
 

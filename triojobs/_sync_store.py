@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import psycopg
 import trio
@@ -24,6 +24,7 @@ from ._sql.session import begin_transaction, prepare_session, refuse_undeclared_
 __all__ = ["SyncStore", "enqueue_on_connection", "is_connection"]
 
 T = TypeVar("T")
+INERROR: Final = psycopg.pq.TransactionStatus.INERROR
 log = Log("triojobs.client")
 
 
@@ -42,6 +43,14 @@ def enqueue_on_connection(
             operation=operation,
             hint="nothing was enqueued; repeat the transaction on a new connection",
             transient=True,
+        )
+    if conn.pgconn.transaction_status == INERROR:
+        raise DatabaseError(
+            "an earlier statement of this transaction has failed",
+            operation=operation,
+            hint="nothing was enqueued; roll back, and put what may fail into a savepoint: "
+            "`with conn.transaction(): …`",
+            sqlstate="25P02",  # what the server would say
         )
     doubtful = False
     try:

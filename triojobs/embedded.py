@@ -34,7 +34,7 @@ def open_embedded_postgres(
     One owner at a time: a second one on the same `data_dir`, in any process, is refused. An owner
     that was killed leaves its server running; the next one on the same `data_dir` adopts it, with its
     clients, and stops it at its own end. (Without `data_dir` nobody can: stop what a killed owner left
-    by removing its directory, $TMPDIR/triojobs-*; the server ends itself within a minute.)
+    by removing its directory, `$TMPDIR/triojobs-…`; the server ends itself within a minute.)
 
     The server is in a session of its own, so a Ctrl-C in the terminal does not reach it. If it
     dies while the block runs, its clients see that; the block itself is not disturbed.

@@ -1,6 +1,6 @@
 """For the tests of programs that use triojobs.
 
-In memory, without a server, and with Trio's clock (so `autojump_clock` works):
+In memory, without a server, and with Trio's clock (so `autojump_clock` works)::
 
     async def test_a_welcome_is_sent(autojump_clock):
         database = testing.MemoryDatabase()
@@ -9,12 +9,12 @@ In memory, without a server, and with Trio's clock (so `autojump_clock` works):
             report = await testing.drain(database, workers)
             assert await client.result(job_id, emails) == Receipt("1")
 
-One handler against a made-up job:
+One handler against a made-up job::
 
     run = await testing.run_handler(triojobs.Worker(emails, send_email), SendEmail("nobody"), attempt=3)
     assert run.outcome == "failed" and run.delay > 60
 
-A handler cancelled at every instant at which it can be cancelled, and then run to its end:
+A handler cancelled at every instant at which it can be cancelled, and then run to its end::
 
     testing.explore(worker, SendEmail("ada@example.com"), before=outbox.clear, check=lambda run: outbox.one())
 
@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, Unpack
 
 import trio
 
@@ -44,7 +44,7 @@ from ._memory import MemoryDatabase as MemoryDatabase
 from ._memory import MemoryStore as MemoryStore
 from ._memory import MemoryTransaction as MemoryTransaction
 from ._model import JobInfo, NewRow, Outcome, ShutdownReport
-from ._open import ClientContext, open_worker_group
+from ._open import ClientContext, GroupKeywords, open_worker_group
 from ._options import GroupOptions, checked_count
 from ._queue import NewJob, Worker, new_row
 
@@ -71,7 +71,7 @@ CLOSE_TIMEOUT: Final = 5.0
 
 
 def open_memory_group(
-    database: MemoryDatabase, workers: Sequence[Worker[Any, Any]], **options: Any
+    database: MemoryDatabase, workers: Sequence[Worker[Any, Any]], **options: Unpack[GroupKeywords]
 ) -> GroupContext:
     """Open a worker group whose jobs are in memory: `async with open_memory_group(…) as group: …`.
 
@@ -82,7 +82,8 @@ def open_memory_group(
     Raises: as `open_worker_group`. Cancellation: as there.
     """
     found = checked_workers(workers)
-    settings = with_workers(GroupOptions(**{"name": default_name(), **options}), found)
+    given: dict[str, Any] = {"name": default_name(), **options}
+    settings = with_workers(GroupOptions(**given), found)
     make_store = partial(MemoryStore, database, job_connections=settings.job_connections or 1)
     return GroupContext(make_store, found, settings)
 
@@ -97,7 +98,7 @@ async def drain(
     workers: Sequence[Worker[Any, Any]],
     *,
     scheduled: bool = True,
-    **options: Any,
+    **options: Unpack[GroupKeywords],
 ) -> ShutdownReport:
     """Run the workers until nothing is left in their queues; return the group's report.
 

@@ -99,6 +99,20 @@ async def test_an_id_that_was_not_handed_out_is_refused_and_nothing_is_written(
     assert await group.claim() == []
 
 
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_the_id_of_another_queues_job_is_refused_and_nothing_is_written(
+    store: Store, group: Group, key: str | None
+) -> None:
+    [job_id] = await store.new_job_ids(1)
+    await store.enqueue([row(job_id=job_id, queue="other")])
+    with pytest.raises(OptionError, match="queue 'other' has it") as caught:
+        await store.enqueue([row(), row(job_id=job_id, key=key)])
+    assert (caught.value.field, caught.value.value) == ("job_id", job_id)
+    [alone] = await store.enqueue_each([row(job_id=job_id, key=key)])
+    assert isinstance(alone, OptionError)
+    assert await group.claim() == []
+
+
 # Keys.
 
 

@@ -16,6 +16,7 @@ import trio
 import triojobs
 from tests.tools.looking import rows, value
 from triojobs._bridge import CANCEL_WAIT
+from triojobs._lease import rescue_interval
 from triojobs._options import GroupOptions
 
 PATIENCE: Final = 60.0  # seconds for what takes a few; only a hang needs them, or a very busy machine
@@ -48,7 +49,8 @@ SETTLE: Final = b"USING asked a"
 
 def exit_bound(options: dict[str, Any]) -> float:
     """Return what leaving a group with these options may take."""
-    return GroupOptions(name="bound", **options).exit_bound
+    chosen = GroupOptions(name="bound", **options)
+    return chosen.grace_period + chosen.close_timeout + chosen.call_timeout + 1.0
 
 
 def call_bound(options: dict[str, Any]) -> float:
@@ -59,7 +61,7 @@ def call_bound(options: dict[str, Any]) -> float:
 def rescue_bound(options: dict[str, Any]) -> float:
     """Return how long after its last beat a dead group's jobs may stay with it: lease, then a round."""
     chosen = GroupOptions(name="bound", **options)
-    return chosen.lease_duration + chosen.rescue_interval + chosen.call_timeout
+    return chosen.lease_duration + rescue_interval(chosen.lease_duration) + chosen.call_timeout
 
 
 def outcomes(conninfo: str) -> list[tuple[int, str]]:

@@ -6,10 +6,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 import psycopg
 
@@ -151,6 +151,22 @@ class Server:
         with psycopg.connect(self.conninfo, autocommit=True) as conn:
             conn.execute(f"ALTER SYSTEM SET {name} = '{setting}'")  # type: ignore[call-overload]
             conn.execute("SELECT pg_reload_conf()")
+
+    @contextmanager
+    def oldest_session(self) -> Iterator[Callable[[LiteralString], str]]:
+        """Open a session that sees settings as those that were opened after it do, at the latest.
+
+        The postmaster tells its backends of new settings one by one, the youngest first. Yields a function
+        that returns a setting's value there.
+        """
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+
+            def heard(name: LiteralString) -> str:
+                row = conn.execute("SELECT current_setting(%s)", [name]).fetchone()
+                assert row is not None
+                return str(row[0])
+
+            yield heard
 
 
 @contextmanager

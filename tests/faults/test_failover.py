@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -39,17 +40,25 @@ def both(primary: Server, standby: Server) -> str:
     return f"host={primary.home},{standby.home} port=5432,5432 user=triojobs dbname=postgres"
 
 
+@pytest.fixture
+def exits() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 async def test_row_22_a_session_becomes_read_only_because_its_server_was_demoted(
-    make_server: MakeServer, figures: Figures, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, figures: Figures, caplog: pytest.LogCaptureFixture, exits: ExitStack
 ) -> None:
     primary, standby, conninfo = await trio.to_thread.run_sync(pair, make_server)
     journal = Journal()
+    heard = exits.enter_context(primary.oldest_session())
     async with triojobs.open_worker_group(conninfo, [journal.worker()], **PATIENT) as group:
         before = await group.client.enqueue(plain, "return")
         await wait_until(lambda: group.statistics().settled == 1)  # every session has been used
         in_flight = await group.client.enqueue_many(plain, ["wait", "wait"])
         await journal.wait_for_beginnings(3)
         primary.set("default_transaction_read_only", "on")
+        await wait_until(lambda: heard("default_transaction_read_only") == "on")
         journal.go_on.set()
         await wait_until(lambda: logged(caplog, "settle_failed"))
         with pytest.raises(triojobs.DatabaseError, match="read-only") as caught:

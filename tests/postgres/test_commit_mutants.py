@@ -85,6 +85,11 @@ MUTANTS: dict[str, Mutant] = {
         shutdown.test_a_group_cancelled_while_work_runs_cancels_its_statement_on_the_server,
         {},
     ),
+    "work that was cancelled between two statements commits": (
+        code(Call, "unguarded", ("if unwanted:", "if False:")),
+        races.test_a_cancel_while_work_is_between_two_statements_undoes_it,
+        {"how": "cancel", "method": "commit"},
+    ),
     "nobody looks after a COMMIT without reply": (
         code(_commit, "_outcome_of", ("while clock() + pause + SHORTEST_LOOK < deadline:", "while False:")),
         lost.test_a_commit_without_reply_that_happened_is_found,
@@ -176,7 +181,7 @@ MUTANTS: dict[str, Mutant] = {
         {},
     ),
     "work may end the transaction": (
-        code(CommitAttempt, "_do_work", ("self._check_transaction(call)", "pass")),
+        code(CommitAttempt, "_do_work", ("self._check_transaction(conn)", "pass")),
         basics.test_work_that_ends_the_transaction_itself_is_told_so,
         {"method": "transact", "statement": "COMMIT"},
     ),
@@ -185,9 +190,9 @@ MUTANTS: dict[str, Mutant] = {
             CommitAttempt,
             "_do_work",
             (
-                "return None if self._encode is None else self._encode(self.value)",
+                "data = None if self._encode is None else self._encode(self.value)",
                 "call.on_commit(lambda: self._encode and self._encode(self.value))\n"
-                "        return None if self._encode is None else (b'\\xf6', 'cbor')",
+                "        data = None if self._encode is None else (b'\\xf6', 'cbor')",
             ),
         ),
         basics.test_a_value_that_is_no_result_of_the_queue_undoes_everything,

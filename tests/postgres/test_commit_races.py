@@ -6,6 +6,7 @@ The gate is a proxy that stops a COMMIT before the server sees it, or its reply 
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import psycopg
@@ -106,6 +107,53 @@ async def test_a_cancel_while_work_runs_breaks_it_off(conninfo: str) -> None:
     assert notes(conninfo) == []
     assert outcomes(conninfo, job_id) == [(1, "cancelled")]
     the_report_equals_the_rows(conninfo, group)
+
+
+@pytest.mark.parametrize("method", ["commit", "transact"])
+@pytest.mark.parametrize("how", ["cancel", "timeout", "scope"])
+async def test_a_cancel_while_work_is_between_two_statements_undoes_it(
+    conninfo: str, how: str, method: str
+) -> None:
+    """There is nothing that the server could break off: work returns as if nothing had happened."""
+    go_on = threading.Event()
+    committer = Committer(method)
+    committer.before_work = lambda conn: hold_up(go_on)
+    jobs: list[triojobs.Job[Any]] = []
+    scopes: list[trio.CancelScope] = []
+
+    async def handler(job: triojobs.Job[Any]) -> None:
+        jobs.append(job)
+        with trio.CancelScope() as scope:
+            scopes.append(scope)
+            await committer.handler(job)
+        raise triojobs.Kill("its own scope was cancelled")
+
+    job = {"timeout": 0.5} if how == "timeout" else {}
+    async with one_job(conninfo, handler, job | {"max_attempts": 1}) as (group, job_id):
+        try:
+            await committer.in_work.wait()
+            if how == "cancel":
+                assert await group.client.cancel(job_id, reason="not wanted")
+                with trio.fail_after(15):
+                    while jobs[0].cancel_reason is None:
+                        await trio.sleep(0.005)
+            elif how == "scope":
+                scopes[0].cancel()
+            else:
+                await trio.sleep(0.6)  # the time itself is under test
+            await trio.testing.wait_all_tasks_blocked()
+        finally:
+            go_on.set()
+        with pytest.raises((triojobs.JobCancelledError, triojobs.JobFailedError)):
+            await group.client.result(job_id)
+    assert isinstance(committer.ends[0], trio.Cancelled)
+    assert notes(conninfo) == []
+    assert outcomes(conninfo, job_id) == [(1, "cancelled" if how == "cancel" else "killed")]
+    the_report_equals_the_rows(conninfo, group)
+
+
+def hold_up(go_on: threading.Event) -> None:
+    assert go_on.wait(15)
 
 
 async def test_a_cancel_that_waits_for_a_commit_comes_too_late(

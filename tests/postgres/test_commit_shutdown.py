@@ -36,12 +36,22 @@ def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_a_group_cancelled_while_work_runs_cancels_its_statement_on_the_server(conninfo: str) -> None:
+    broken_off: list[BaseException] = []
+
+    def be_broken_off(conn: psycopg.Connection[Any]) -> None:
+        try:
+            sleep(conn)
+        except psycopg.Error as exc:
+            broken_off.append(exc)
+            raise
+
     committer = Committer()
-    committer.before_work = sleep
+    committer.before_work = be_broken_off
     with trio.CancelScope() as scope:
         async with one_job(conninfo, committer.handler, grace_period=0.0) as (group, job_id):
             await until(conninfo, WORKS)
             scope.cancel()
+    assert [type(exc) for exc in broken_off] == [psycopg.errors.QueryCanceled]
     assert isinstance(committer.ends[0], trio.Cancelled)
     assert rows(conninfo, WORKS) == []
     assert rows(conninfo, "SELECT id, attempts FROM triojobs.ready") == [(job_id, 0)]

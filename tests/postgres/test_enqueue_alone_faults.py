@@ -59,7 +59,7 @@ async def test_a_connection_that_is_lost_after_the_commit_loses_the_notification
     with fault_proxy(conninfo) as (proxy, through):
         async with triojobs.open_client(through) as client:
             await client.enqueue(plain, 1)
-            lost = proxy.lose_reply(LOOK, behind=1)
+            lost = proxy.lose_reply(LOOK)
             job_id = await client.enqueue(plain, 2)
             assert lost.answered.is_set()
             assert await client.enqueue(plain, 3) > job_id

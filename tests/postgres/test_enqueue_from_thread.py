@@ -241,6 +241,26 @@ async def in_a_thread_that_is_joined(enqueue: Callable[[], int]) -> Any:
     return caller.end
 
 
+async def test_a_thread_whose_task_was_cancelled_enqueues_nothing_more(conninfo: str) -> None:
+    """However quick the answers are: no wait of the enqueue is long enough to notice the cancel."""
+    cancelled = threading.Event()
+    ids: list[int] = []
+
+    def go_on_enqueueing(client: triojobs.Client) -> None:
+        ids.append(client.enqueue_from_thread(plain, "before"))
+        trio.from_thread.run_sync(scope.cancel)
+        cancelled.set()
+        ids.append(client.enqueue_from_thread(plain, "after"))
+
+    async with triojobs.open_client(conninfo) as client:
+        with trio.CancelScope() as scope:
+            await trio.to_thread.run_sync(go_on_enqueueing, client)
+    assert cancelled.is_set()
+    assert scope.cancelled_caught
+    assert rows(conninfo, "SELECT id FROM triojobs.jobs") == [(ids[0],)]
+    assert len(ids) == 1
+
+
 HANDLERS = pytest.mark.parametrize("kind", [in_a_worker_thread, in_a_thread_that_is_joined])
 
 

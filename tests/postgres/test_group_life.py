@@ -115,6 +115,43 @@ async def test_statistics_and_report_equal_the_rows(conninfo: str) -> None:
     assert value(conninfo, "SELECT count(*) FROM triojobs.leases") == 0
 
 
+async def test_the_report_of_an_open_group_is_what_was_done_until_then(conninfo: str) -> None:
+    go_on = trio.Event()
+
+    async def wait_for_the_second(job: triojobs.Job[Any]) -> None:
+        if job.payload == "second":
+            await go_on.wait()
+
+    async with triojobs.open_worker_group(conninfo, [triojobs.Worker(plain, wait_for_the_second)]) as group:
+        before = group.report
+        first = await group.client.enqueue(plain, "first")
+        await group.client.enqueue(plain, "second")
+        await group.client.result(first)
+        meanwhile, ids = group.report, (group.group_id,)
+        go_on.set()
+    assert (before.settled["done"], before.group_ids, before.duration) == (0, ids, 0.0)
+    assert (meanwhile.settled["done"], meanwhile.group_ids, meanwhile.duration) == (1, ids, 0.0)
+    assert group.report.settled["done"] == 2
+    assert group.report is group.report
+
+
+async def test_a_scope_cannot_be_entered_twice(conninfo: str) -> None:
+    for opened in (
+        triojobs.open_worker_group(conninfo, [triojobs.Worker(plain, done)]),
+        triojobs.open_client(conninfo),
+    ):
+        async with opened as first:
+            with pytest.raises(triojobs.TriojobsError, match="entered twice; call open_"):
+                await opened.__aenter__()
+            assert await first_client(first).enqueue(plain, None)
+        with pytest.raises(triojobs.TriojobsError, match="entered twice"):
+            await opened.__aenter__()
+
+
+def first_client(opened: triojobs.WorkerGroup | triojobs.Client) -> triojobs.Client:
+    return opened.client if isinstance(opened, triojobs.WorkerGroup) else opened
+
+
 def numbers_free(workers: list[triojobs.Worker[Any, Any]]) -> int:
     return workers[1].concurrency
 

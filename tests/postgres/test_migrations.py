@@ -468,6 +468,13 @@ def test_a_database_that_does_not_exist_is_named(empty_database: str) -> None:
     assert not caught.value.transient
 
 
+@pytest.mark.parametrize("call", [migrate, verify_schema])
+def test_what_is_no_text_is_no_conninfo(call: Any) -> None:
+    with pytest.raises(OptionError, match="a libpq connection string or URI") as caught:
+        call(5)
+    assert caught.value.field == "conninfo"
+
+
 @pytest.mark.parametrize(
     "conninfo",
     [

@@ -212,8 +212,9 @@ def test_naive_datetimes_are_refused(type: Any) -> None:
 
 def test_the_size_limit_names_size_and_limit() -> None:
     assert len(encode("payload", b"x" * 97, Any, CBOR, limit=99)) == 99
-    with pytest.raises(EncodeError, match="payload is '100 bytes', but must be at most 99 bytes"):
+    with pytest.raises(EncodeError, match="payload is 100 bytes, but must be at most 99 bytes") as caught:
         encode("payload", b"x" * 98, Any, CBOR, limit=99)
+    assert caught.value.value == 100
 
 
 def test_trailing_bytes_are_refused() -> None:

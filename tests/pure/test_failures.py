@@ -72,10 +72,14 @@ def test_a_schema_that_does_not_fit_is_told_as_such(sqlstate: str) -> None:
         (psycopg.OperationalError("server closed the connection unexpectedly"), Remedy.RECONNECT, True),
         (psycopg.InterfaceError("the cursor is closed"), Remedy.RECONNECT, False),
         (psycopg.ProgrammingError("cannot adapt type"), Remedy.FAIL, False),
+        (psycopg.DataError("timestamp too small (before year 1)"), Remedy.FAIL, False),
     ],
 )
 def test_an_error_without_a_code_is_libpqs_or_psycopgs(
     error: psycopg.Error, helps: Remedy, transient: bool
 ) -> None:
     told = translate(error, operation="testing")
-    assert (remedy(error), told.transient, told.committed) == (helps, transient, None)
+    lost = helps is Remedy.RECONNECT
+    assert (remedy(error), told.transient) == (helps, transient)
+    assert told.committed is (None if lost else False)  # what psycopg itself refuses was never sent
+    assert ("server is running" in told.hint) == lost

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triojobs._lease import Lease
+from triojobs._lease import Lease, rescue_interval
 
 
 def lease() -> Lease:
@@ -77,3 +77,7 @@ def test_what_we_believe_ends_before_what_the_server_wrote(
     held.confirm(sent)
     server_until = sent + took + duration  # the server counts from when it executes
     assert held.until < server_until
+
+
+def test_a_short_lease_is_looked_after_more_often() -> None:
+    assert (rescue_interval(30.0), rescue_interval(600.0), rescue_interval(12.0)) == (5.0, 5.0, 2.0)

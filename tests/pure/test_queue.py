@@ -149,9 +149,9 @@ def test_payload_and_result_have_limits_of_their_own() -> None:
     small = Queue("small", bytes, result=bytes, payload_limit=10, result_limit=20)
     assert len(small.encode_payload(b"x" * 9)) == 10
     assert len(small.encode_result(b"x" * 19)) == 20
-    with pytest.raises(OptionError, match="payload is '11 bytes', but must be at most 10 bytes"):
+    with pytest.raises(OptionError, match="payload is 11 bytes, but must be at most 10 bytes"):
         small.encode_payload(b"x" * 10)
-    with pytest.raises(OptionError, match="result is '21 bytes', but must be at most 20 bytes"):
+    with pytest.raises(OptionError, match="result is 21 bytes, but must be at most 20 bytes"):
         small.encode_result(b"x" * 20)
 
 

@@ -40,9 +40,11 @@ TABLES: Final = [
     "waiting",
     "witnesses",
 ]
+WITNESSES: Final = ["gate_sent", "gate_transacted", "gate_claims"]
 # A claim that was given back leaves no row; so a trigger keeps its own books of claims.
 WITNESS: Final = """
 CREATE TABLE public.gate_sent (job_id bigint);
+CREATE TABLE public.gate_transacted (job_id bigint, group_id uuid, claim_no bigint);
 CREATE TABLE public.gate_claims (job_id bigint);
 CREATE FUNCTION public.gate_note() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN INSERT INTO public.gate_claims VALUES (NEW.id); RETURN NULL; END';
@@ -69,8 +71,8 @@ class Gate:
         """Run once; return the program and what did not hold."""
         for table in TABLES:
             self.db.execute(f"DELETE FROM triojobs.{table}")  # type: ignore[arg-type]
-        self.db.execute("DELETE FROM public.gate_sent")
-        self.db.execute("DELETE FROM public.gate_claims")
+        for table in WITNESSES:
+            self.db.execute(f"DELETE FROM public.{table}")  # type: ignore[arg-type]
         triojobs.enqueue_many_on(self.db, jobs, list(KINDS))
         program = Program(self.conninfo, mode, place, k)
         with _quiet():

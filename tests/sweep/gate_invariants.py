@@ -78,6 +78,26 @@ def _commits_exact(program: Program, db: psycopg.Connection[Any]) -> Iterator[st
         yield f"{row[0]} writes, {row[1]} follow-ups, {row[2]} completions"
 
 
+def _transacts_exact(program: Program, db: psycopg.Connection[Any]) -> Iterator[str]:
+    written = Counter(
+        (job_id, group_id, claim_no)
+        for job_id, group_id, claim_no in db.execute(
+            "SELECT job_id, group_id, claim_no FROM public.gate_transacted"
+        )
+    )
+    for run in program.runs:
+        found = written[(run.job_id, *run.fence)]
+        if run.transacted is not None and found != run.transacted:
+            yield f"job {run.job_id}: {found} rows, transacted: {run.transacted}"
+
+
+def _unwanted_work_undone(program: Program, db: psycopg.Connection[Any]) -> Iterator[str]:
+    """A cancel that came while work ran has undone it (that the rows agree is asked above)."""
+    for run in program.runs:
+        if run.unwanted and (run.committed or run.transacted):
+            yield f"job {run.job_id} was cancelled before its work had ended, and committed it"
+
+
 def _runs_once(program: Program, db: psycopg.Connection[Any]) -> Iterator[str]:
     rescued = _rescued(program, db)
     ends = Counter(
@@ -155,6 +175,8 @@ CHECKS = (
     _done_iff_returned,
     _attempts_exact,
     _commits_exact,
+    _transacts_exact,
+    _unwanted_work_undone,
     _runs_once,
     _no_overlap,
     _no_handler_left,

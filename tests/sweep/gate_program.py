@@ -1,8 +1,9 @@
 """The program that runs behind the gate, and what is done to it.
 
-A call of the bridge passes named points in its thread (`triojobs._bridge.reached`). A gate stops the
-thread at one of them; the injection is delivered on the event loop, Trio takes a few steps, the thread
-goes on. (mode, operation, occurrence, point) names a run. The journal is written by the handlers.
+A call of the bridge passes named points in its thread (`triojobs._bridge.reached`); one more is in the
+work of `job.commit` and `job.transact`, between two statements. A gate stops the thread at one of them;
+the injection is delivered on the event loop, Trio takes a few steps, the thread goes on. (mode, operation,
+occurrence, point) names a run. The journal is written by the handlers.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ terminate  the server ends every session of the group: the call at the gate fail
 lost       the call at the gate raises as if its connection had died, whatever it did on the server
 """
 ENDING: Final = frozenset({"cancel", "sibling", "stop", "sigint"})  # of the group
-POINTS: Final = ("enter", "connected", "executed", "committed", "exit")
+WORKING: Final = "working"
+POINTS: Final = ("enter", "connected", WORKING, "executed", "committed", "exit")
 STEPS: Final = 5  # of the loop between the injection and the release of the thread
 NUMBER: Final = re.compile(r"\d+")
 PATIENCE: Final = 30.0  # seconds for what takes a tenth of one; only a hang needs them
-KINDS: Final = ("instant", "sleeps", "thread", "fails_once", "nursery", "commits")
+KINDS: Final = ("instant", "sleeps", "thread", "fails_once", "nursery", "commits", "transacts")
 OPTIONS: Final[dict[str, Any]] = {
     "name": "gate",
     "grace_period": 1.0,
@@ -79,12 +81,20 @@ class Boom(Exception):
 
 @dataclass(eq=False)
 class Run:
-    """One call of a handler. `ended`: running, returned, failed, interrupted. `committed`: job.commit came back."""
+    """One call of a handler.
+
+    Attributes:
+        ended: running, returned, failed, interrupted.
+        committed: job.commit came back. transacted: job.transact did; None: it was not called, or nobody knows.
+        unwanted: its cancel came while the work of its commit, or transact, was between two statements.
+    """
 
     job_id: int
     fence: Any
     ended: str = "running"
     committed: bool = False
+    transacted: bool | None = None
+    unwanted: bool = False
 
     @property
     def status(self) -> str | None:
@@ -262,11 +272,36 @@ class Program(trio.abc.Instrument):
         def work(conn: psycopg.Connection[Any]) -> str:
             conn.execute("INSERT INTO public.gate_sent VALUES (%s)", [job.id])
             triojobs.enqueue_on(conn, children, "child")
+            self._be_between_statements(f"committing job {job.id}", run)
             return job.payload
 
         await job.commit(work)
         run.committed = True
         await trio.sleep(UNIT)
+
+    async def _transacts(self, job: triojobs.Job[str], run: Run) -> None:
+        def work(conn: psycopg.Connection[Any]) -> None:
+            conn.execute("INSERT INTO public.gate_transacted VALUES (%s, %s, %s)", [job.id, *job.fence])
+            self._be_between_statements(f"committing job {job.id}", run)
+
+        run.transacted = False
+        try:
+            await job.transact(work)
+        except triojobs.DatabaseError as exc:
+            run.transacted = None if exc.committed is None else exc.committed
+            raise
+        run.transacted = True
+
+    def _be_between_statements(self, operation: str, run: Run) -> None:
+        """In the thread of a work: the server has nothing that could be broken off."""
+        _bridge.reached(operation, WORKING)
+        try:
+            trio.from_thread.check_cancelled()
+        except trio.Cancelled:
+            run.unwanted = True
+            heard = threading.Event()  # by everybody on the loop whom the cancel concerns
+            self._token.run_sync_soon(trio.lowlevel.spawn_system_task, _release, heard)
+            heard.wait(PATIENCE)
 
 
 async def _release(go_on: threading.Event) -> None:

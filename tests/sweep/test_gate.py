@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import trio
 
+from tests.tools.mutants import code
+from triojobs._bridge import Call
 from triojobs._model import Claim
 from triojobs._postgres import PostgresStore
 
 from .gate import Gate
-from .gate_program import POINTS, Place
+from .gate_program import POINTS, WORKING, Place
 
 CALLS = ("registering the worker group", "claiming jobs", "settling N job(s)", "closing the worker group")
 
@@ -63,6 +65,16 @@ def test_threads_that_are_abandoned_are_noticed(gate: Gate, monkeypatch: pytest.
     monkeypatch.setattr(trio.to_thread, "run_sync", abandoning)
     _, wrong = gate.one("cancel", Place("registering the worker group", 0, "connected"))
     assert any(what.startswith(("group-closed", "nothing-left-open")) for what in wrong), wrong
+
+
+@pytest.mark.parametrize("mode", ["cancel", "own_scope"])
+def test_work_that_commits_although_it_was_cancelled_meanwhile_is_noticed(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    code(Call, "unguarded", ("if unwanted:", "if False:"))(monkeypatch)
+    program, wrong = gate.one(mode, Place("committing job N", 0, WORKING))
+    assert program.injected_at is not None
+    assert any(what.startswith("unwanted-work-undone") for what in wrong), wrong
 
 
 def test_a_commit_that_is_booked_after_the_way_back_is_noticed(

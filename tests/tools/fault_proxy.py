@@ -29,10 +29,10 @@ UP, DOWN = "up", "down"  # from the client to the server, and back
 class Statement:
     """The next statement that contains `text`, and what is to happen to it."""
 
-    def __init__(self, text: bytes, *, hold: bool, behind: int = 0) -> None:
+    def __init__(self, text: bytes, *, hold: bool) -> None:
         self.text = text
         self.hold = hold
-        self.behind = behind  # answers to others, sent in the same pipeline, that come first
+        self.place = 0  # of its answer among its connection's; those before it, in a pipeline, pass
         self.sent = threading.Event()  # the client sent it
         self.answered = threading.Event()  # the server executed it
 
@@ -51,6 +51,7 @@ class Link:
         self.watched: Statement | None = None
         self.refusing: str | None = None  # SQLSTATE, until the client's Sync
         self.in_transaction = False
+        self.asked = self.answered = 0  # synchronization points: from the client, and the server's answers
         self.known: dict[bytes, bytes] = {}  # prepared statements: name → text
 
     def reset(self) -> None:
@@ -159,12 +160,9 @@ class FaultProxy:
 
     # One message.
 
-    def lose_reply(self, text: bytes, *, behind: int = 0) -> Statement:
-        """Let the next statement that contains `text` be executed, and reset its connection then.
-
-        `behind`: so many synchronization points of its pipeline come before it; their answers pass.
-        """
-        return self._watch(Statement(text, hold=False, behind=behind))
+    def lose_reply(self, text: bytes) -> Statement:
+        """Let the next statement that contains `text` be executed, and reset its connection then."""
+        return self._watch(Statement(text, hold=False))
 
     def hold(self, text: bytes) -> Statement:
         """Hold the next statement that contains `text` back: its connection is frozen, see `freeze`."""
@@ -274,6 +272,7 @@ class FaultProxy:
         if message.kind in (wire.PARSE, wire.BIND, wire.QUERY):
             self._recognize(link, self._executed(link, message))
         if link.refusing is None:
+            link.asked += message.kind in (wire.STARTUP, wire.SYNC, wire.QUERY)
             return message.raw
         if message.kind in (wire.SYNC, wire.QUERY):
             sqlstate, link.refusing = link.refusing, None
@@ -303,6 +302,7 @@ class FaultProxy:
             for statement in self._watched:
                 if statement.text in text:
                     self._watched.remove(statement)
+                    statement.place = link.asked + 1
                     link.watched = statement
                     if statement.hold:
                         self._deaf_to_cancels = True
@@ -314,15 +314,14 @@ class FaultProxy:
         """Return what to send to the client instead of this message of the server."""
         if self._deaf or link.doomed or (message.kind == wire.NOTIFICATION and self._without_notifications):
             return b""
-        if message.kind == wire.READY:
+        is_ready = message.kind == wire.READY
+        if is_ready:
             link.in_transaction = message.body != b"I"
+            link.answered += 1
         watched = link.watched
-        if watched is None:
+        if watched is None or link.answered + (not is_ready) < watched.place:
             return message.raw
-        if watched.behind:
-            watched.behind -= message.kind == wire.READY
-            return message.raw
-        if message.kind == wire.READY:  # so it has been executed
+        if is_ready:  # so it has been executed
             link.watched = None
             watched.answered.set()  # first: whoever sees the reset may look
             link.doomed = not watched.hold

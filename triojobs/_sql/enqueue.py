@@ -17,8 +17,9 @@ from psycopg.adapt import AdaptersMap, Dumper
 from psycopg.pq import Format
 from psycopg.rows import tuple_row
 
-from .._errors import DuplicateJobError, OptionError
+from .._errors import DuplicateJobError
 from .._model import Enqueued, NewRow
+from .._queue import job_of_another_queue, unknown_job_id
 from .statements import statement
 
 __all__ = [
@@ -109,6 +110,7 @@ SELECT %(job_id)s::bigint, {schema}.insert_job(
 ), false
 """
 
+QUEUE_OF: Final = "SELECT queue FROM {schema}.jobs WHERE id = %(job_id)s"
 NEW_IDS: Final = "SELECT nextval({job_ids}) FROM generate_series(1, %(count)s)"
 HANDED_OUT: Final = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.job_ids"
 NOTIFY_INSIDE: Final = "SELECT pg_notify({channel}, q) FROM unnest(%(queues)s::text[]) q"
@@ -307,8 +309,13 @@ class SpecialRows:
     def check_job_id(self, row: NewRow) -> None:
         """Raise OptionError unless the row's job_id was handed out, or left out."""
         if row.job_id is not None and not 1 <= row.job_id <= self._handed_out:
-            limit = "an id that new_job_id() handed out"
-            raise OptionError("job_id", row.job_id, limit, operation="enqueueing")
+            raise unknown_job_id(row)
+
+    def _check_queue(self, row: NewRow) -> None:
+        """Raise OptionError when the job with the row's job_id is of another queue: then it is no repetition."""
+        found = self._cursor.execute(statement(QUEUE_OF, self._schema), {"job_id": row.job_id}).fetchone()
+        if found is not None and found[0] != row.queue:
+            raise job_of_another_queue(row, found[0])
 
     def enqueue(self, row: NewRow, *, index: int | None = None) -> Enqueued:
         """Send one row; a taken key raises DuplicateJobError with this index."""
@@ -318,6 +325,8 @@ class SpecialRows:
         found = self._cursor.execute(statement(template, self._schema), parameters).fetchone()
         assert found is not None
         answer = Enqueued(found[0], created=found[1], replaced=found[2])
+        if answer.id == row.job_id and not answer.created:
+            self._check_queue(row)
         if not answer.created and row.key is not None and row.on_conflict == "raise" and answer.id != job_id:
             raise DuplicateJobError(queue=row.queue, key=row.key, job_id=answer.id, index=index)
         return answer

@@ -17,6 +17,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from .._errors import DatabaseError, SchemaError
+from .._options import checked_conninfo
 
 # Connection, rollback (serialization, deadlock), resources, operator intervention, input/output; lock not
 # available; idle in a transaction; read only (the primary became a standby).
@@ -75,7 +76,7 @@ def translated(operation: str, *, doing: str = "", committed: bool | None = Fals
     try:
         yield
     except psycopg.Error as exc:
-        broken = exc.sqlstate is None or exc.sqlstate.startswith("08")
+        broken = broke(exc) or (exc.sqlstate is not None and exc.sqlstate.startswith("08"))
         raise DatabaseError(
             f"{doing}: {one_line(exc)}" if doing else one_line(exc),
             operation=operation,
@@ -128,11 +129,16 @@ class Remedy(Enum):
     FAIL = "keep it and tell the caller"
 
 
+def broke(exc: psycopg.Error) -> bool:
+    """Whether the connection broke: libpq's own words. psycopg's own say that a value is wrong."""
+    lost = isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError)
+    return exc.sqlstate is None and lost
+
+
 def remedy(exc: psycopg.Error) -> Remedy:
     """Return what may help after this error."""
-    if exc.sqlstate is None:  # libpq's own: the connection broke; psycopg's own: the call is wrong
-        broke = isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError)
-        return Remedy.RECONNECT if broke else Remedy.FAIL
+    if exc.sqlstate is None:
+        return Remedy.RECONNECT if broke(exc) else Remedy.FAIL
     if exc.sqlstate.startswith(RECONNECT_SQLSTATES):
         return Remedy.RECONNECT
     return Remedy.RETRY if exc.sqlstate in RETRY_SQLSTATES else Remedy.FAIL
@@ -143,7 +149,7 @@ def translate(exc: psycopg.Error, *, operation: str) -> DatabaseError:
 
     A reply that names an error says that nothing was committed; a silence, or a farewell, says nothing.
     """
-    lost = exc.sqlstate is None or exc.sqlstate.startswith(FAREWELLS)
+    lost = broke(exc) or (exc.sqlstate is not None and exc.sqlstate.startswith(FAREWELLS))
     error = SchemaError if exc.sqlstate in NO_SCHEMA else DatabaseError
     return error(
         one_line(exc),
@@ -164,7 +170,7 @@ def one_line(exc: psycopg.Error) -> str:
 
 def checked_options(conninfo: str, *, operation: str) -> dict[str, Any]:
     try:
-        options = conninfo_to_dict(conninfo)
+        options = conninfo_to_dict(checked_conninfo("conninfo", conninfo))
     except psycopg.Error:
         # libpq repeats parts of the conninfo, so neither its words nor the cause may be shown.
         raise DatabaseError(
@@ -196,4 +202,6 @@ def _hint(exc: psycopg.Error) -> str:
         )
     if isinstance(exc, psycopg.errors.ReadOnlySqlTransaction):
         return "connect to the primary server, not to a standby"
-    return UNREACHABLE_HINT if exc.sqlstate is None else ""
+    if isinstance(exc, psycopg.errors.InFailedSqlTransaction):
+        return "roll back first: an earlier statement of this transaction has failed"
+    return UNREACHABLE_HINT if broke(exc) else ""

@@ -118,11 +118,11 @@ def verify_schema(
     Threads: allowed anywhere; blocks its thread.
     """
     checked_schema(schema)
-    if isinstance(conninfo_or_connection, str):
+    if isinstance(conninfo_or_connection, psycopg.Connection):
+        check_schema(conninfo_or_connection, schema, directory=directory)
+    else:
         with connect(conninfo_or_connection, operation=VERIFYING, application_name="triojobs verify") as conn:
             check_schema(conn, schema, directory=directory)
-    else:
-        check_schema(conninfo_or_connection, schema, directory=directory)
 
 
 def check_schema(conn: Connection, schema: str = DEFAULT_SCHEMA, *, directory: Path | None = None) -> None:
