@@ -1,22 +1,18 @@
-"""The command line: the root group, and what an error looks like.
+"""The command line: the root group. How commands end when they fail is in `ending`.
 
 Commands are imported when they are used, not before: `triojobs migrate` must work where the extras of
 another command are not installed, and `--help` must not wait for imports it does not need.
-
-Exit codes: 0 done, 1 refused or failed, 2 wrong usage; both with one line `error: …` on stderr and without
-a traceback. 130 after Ctrl-C, 143 after SIGTERM, where these do not end a command as they should.
 """
 
 from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import click
-from click.exceptions import NoArgsIsHelpError
 
-from .._errors import TriojobsError
+from .ending import Failure, missing, one_line_at_the_end, usage_in_one_line
 
 __all__ = ["cli"]
 
@@ -35,25 +31,6 @@ COMMANDS: Final = {
     "verify": "triojobs.cli.schema",
     "worker": "triojobs.cli.worker",
 }
-
-INTERRUPTED: Final = 130  # as a shell has it for SIGINT
-NO_LIBPQ: Final = 'psycopg finds no libpq on this machine; pip install "triojobs[binary]", or install libpq'
-
-
-class Failure(click.ClickException):
-    """What the user sees of an error: one line."""
-
-    exit_code = 1
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line to stderr."""
-        click.echo(f"error: {' '.join(self.message.split())}", file=file, err=True)
-
-
-class Misuse(Failure):
-    """A command line that click refuses, also as one line."""
-
-    exit_code = 2
 
 
 class LazyGroup(click.Group):
@@ -74,33 +51,20 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options that stand before the command."""
+        with usage_in_one_line(ctx):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
-        try:
+        with one_line_at_the_end(ctx):
             return super().invoke(ctx)
-        except TriojobsError as exc:
-            raise Failure(str(exc)) from exc
-        except click.UsageError as exc:
-            if isinstance(exc, NoArgsIsHelpError):
-                raise
-            command = (exc.ctx or ctx).command_path
-            raise Misuse(f"{exc.format_message().rstrip('.')}; see `{command} --help`") from exc
-        except ImportError as exc:
-            raise Failure(_missing(exc)) from exc
-        except KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
-
-
-def _missing(exc: ImportError) -> str:
-    # "no pq wrapper available", with a list of attempts, or "couldn't import requested psycopg 'c' …"
-    if "pq wrapper" in str(exc) or "psycopg" in str(exc):
-        return NO_LIBPQ
-    return f"{exc}; is an extra of triojobs missing?"
 
 
 def _unavailable(name: str, exc: ImportError) -> click.Command:
     def fail(arguments: tuple[str, ...]) -> None:
-        raise Failure(_missing(exc)) from exc
+        raise Failure(missing(exc)) from exc
 
     return click.Command(
         name,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from . import Failure
+from .ending import Failure
 
 __all__ = ["ask", "progress_bar"]
 

@@ -26,10 +26,10 @@ import triojobs
 
 from .._errors import sole_error
 from .._options import checked_schema
-from . import Failure
 from .demo_books import Books, Counts, Run
 from .demo_story import Story
 from .demo_view import Result, View, open_view
+from .ending import Failure
 from .options import schema_option
 
 __all__ = ["demo"]

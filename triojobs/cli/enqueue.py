@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import click
 
-from . import Failure, Misuse
+from .ending import Failure, Misuse
 from .options import Target, json_option, target_options
 from .output import print_json
 from .values import DURATION, INSTANT, Duration, parsed_json

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import Failure
+from .ending import Failure
 from .values import SINCE, parsed_json
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from . import Failure
+from .ending import Failure
 from .options import Target, json_option, target_options
 from .output import Column, Printer, note, print_json, shown_seconds, shown_time
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import Failure
 from .asking import ask, progress_bar
+from .ending import Failure
 from .filters import filter_options, insist_on_queue
 from .options import Target, target_options, yes_option
 from .values import DURATION, INSTANT, JOB_ID

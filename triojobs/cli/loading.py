@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import Failure
+from .ending import Failure
 
 if TYPE_CHECKING:
     from .. import Worker

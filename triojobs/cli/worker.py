@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import Failure
+from .ending import Failure
 from .loading import load, opened
 from .options import Decorator, Target, keep_option, retention_of, target_options
 from .output import note

@@ -1,0 +1,101 @@
+"""How a command ends when it does not end well: one line on stderr and an exit code, never a traceback.
+
+Exit codes, the same for every command: 0 done; 1 refused or failed; 2 wrong usage, nothing was looked at;
+130 after Ctrl-C and 143 after SIGTERM, where these are not the way to end the command; 141 when whoever
+read stdout has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Final
+
+import click
+from click.exceptions import NoArgsIsHelpError
+
+__all__ = ["Failure", "Misuse", "missing", "one_line_at_the_end", "usage_in_one_line"]
+
+INTERRUPTED: Final = 130  # as a shell has it for SIGINT
+READER_GONE: Final = 141  # as a shell has it for SIGPIPE, which Python does not die of
+CANNOT_WRITE: Final = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+NO_LIBPQ: Final = 'psycopg finds no libpq on this machine; pip install "triojobs[binary]", or install libpq'
+
+
+class Failure(click.ClickException):
+    """What the user sees of an error: one line."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line to stderr."""
+        click.echo(f"error: {' '.join(self.message.split())}", file=file, err=True)
+
+
+class Misuse(Failure):
+    """A command line that click refuses, also as one line."""
+
+    exit_code = 2
+
+
+@contextmanager
+def one_line_at_the_end(ctx: click.Context) -> Iterator[None]:
+    """Turn what a command may raise into one line; our own mistakes stay tracebacks."""
+    from .._errors import TriojobsError
+
+    try:
+        with usage_in_one_line(ctx):
+            yield
+    except TriojobsError as exc:
+        raise Failure(_as_options(str(exc))) from exc
+    except ImportError as exc:
+        raise Failure(missing(exc)) from exc
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except OSError as exc:
+        # What else a command opens has a name, and connections have errors of their own.
+        if exc.filename is not None or exc.errno not in CANNOT_WRITE:
+            raise
+        _throw_away_stdout()
+        if exc.errno == errno.EPIPE:
+            raise SystemExit(READER_GONE) from None
+        raise Failure(
+            f"stdout cannot be written: {exc.strerror}; what was asked for may have been done"
+        ) from exc
+
+
+@contextmanager
+def usage_in_one_line(ctx: click.Context) -> Iterator[None]:
+    """Turn click's words about wrong usage into one line."""
+    try:
+        yield
+    except NoArgsIsHelpError:
+        raise
+    except click.UsageError as exc:
+        command = (exc.ctx or ctx).command_path
+        raise Misuse(f"{exc.format_message().rstrip('.')}; see `{command} --help`") from exc
+
+
+def missing(exc: ImportError) -> str:
+    """Return what to install."""
+    # "no pq wrapper available", with a list of attempts, or "couldn't import requested psycopg 'c' …"
+    if "pq wrapper" in str(exc) or "psycopg" in str(exc):
+        return NO_LIBPQ
+    return f"{exc}; is an extra of triojobs missing?"
+
+
+def _as_options(text: str) -> str:
+    """Return a hint as it reads on the command line."""
+    return text.replace(
+        "pass pooled=True (and listen_conninfo=, a direct one)",
+        "pass --pooled (and --listen-dsn to a worker)",
+    )
+
+
+def _throw_away_stdout() -> None:
+    """Let nobody write there any more: the interpreter would try at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
