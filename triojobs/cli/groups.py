@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from typing import TYPE_CHECKING, Final
 
@@ -9,7 +10,7 @@ import click
 
 from .ending import Failure
 from .options import Target, json_option, target_options
-from .output import Column, Printer, note, print_json, shown_seconds, shown_time
+from .output import Column, Printer, note, print_json, shown_seconds
 
 if TYPE_CHECKING:
     from .. import GroupInfo, SyncAdmin
@@ -24,7 +25,7 @@ LIST: Final = (
     Column("STATE", coloured=True),
     Column("RUNNING", right=True),
     Column("BEAT", right=True),
-    Column("SINCE (UTC)"),
+    Column("UP", right=True),
     Column("QUEUES (SLOTS)", cut=True),
 )
 
@@ -43,7 +44,8 @@ def groups() -> None:
 def list_groups(target: Target, closed: bool, limit: int, after: str | None, as_json: bool) -> None:
     """List worker groups, the newest first.
 
-    BEAT: how long ago it last said that it lives. A lapsed group's jobs are taken back by any living one.
+    BEAT: how long ago it last said that it lives. UP: since its registration. A lapsed group's jobs are
+    taken back by any living one.
     """
     with target.admin() as admin:
         page = admin.groups(closed=closed, limit=limit, after=after)
@@ -60,6 +62,8 @@ def list_groups(target: Target, closed: bool, limit: int, after: str | None, as_
 
 def _line(group: GroupInfo) -> tuple[str, ...]:
     served = group.queues or {}
+    now = group.beat_at + dt.timedelta(seconds=group.lease_age)  # by the server's clock
+    up = ((group.closed_at or now) - group.registered_at).total_seconds()
     return (
         str(group.id)[:8],
         group.name,
@@ -67,7 +71,7 @@ def _line(group: GroupInfo) -> tuple[str, ...]:
         group.state,
         str(group.running),
         shown_seconds(group.lease_age),
-        shown_time(group.registered_at),
+        shown_seconds(up),
         ", ".join(f"{queue} ({slots})" for queue, slots in sorted(served.items())),
     )
 

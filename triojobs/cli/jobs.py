@@ -10,7 +10,7 @@ import click
 from .filters import filter_options, insist_on_queue
 from .jobs_steering import cancel, delete, edit, reschedule, retry
 from .options import Target, json_option, target_options
-from .output import Column, Printer, note, plain, print_json, shown_id, shown_seconds, shown_time
+from .output import Column, Printer, note, plain, print_json, say, shown_id, shown_seconds, shown_time
 from .values import JOB_ID
 
 if TYPE_CHECKING:
@@ -198,5 +198,5 @@ def explain(target: Target, job_id: int, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    click.echo(f"job {job_id} ({found.status}): {found.text}")
-    click.echo(f"to change that: {found.remedy}")
+    say(f"job {job_id} ({found.status}): {found.text}")
+    say(f"to change that: {found.remedy}")

@@ -11,9 +11,11 @@ import base64
 import datetime as dt
 import json
 import math
+import shutil
 import sys
+import textwrap
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +23,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 __all__ = [
     "Column",
@@ -30,11 +33,15 @@ __all__ = [
     "note",
     "plain",
     "print_json",
+    "say",
     "shown_id",
     "shown_seconds",
     "shown_time",
+    "table_lines",
 ]
 
+GAP: Final = "  "
+LEAST: Final = 6  # characters of a cut column that are left to it
 COLOURS: Final = {
     "done": "green",
     "running": "cyan",
@@ -119,42 +126,64 @@ class Printer:
         self._widths: list[int] = []
 
     def print(self, rows: Iterable[Sequence[str]]) -> None:
-        """Print one page; the head comes with the first."""
+        """Print one page; the head comes with the first. Later pages are at least as wide as it."""
         lines = [[_one_line(cell) for cell in row] for row in rows]
-        first = not self._widths
-        names = [column.name for column in self._columns]
-        found = [max(map(len, cells)) for cells in zip(names, *lines, strict=True)]
-        self._widths = [max(pair) for pair in zip(found, self._widths or found, strict=True)]
+        head = not self._widths
         if self._console is not None:
-            self._print_table(self._console, lines, head=first)
+            self._widths = self._widths or [0]
+            for text in table_lines(self._columns, lines, self._console.width, head=head):
+                self._console.print(text, no_wrap=True, overflow="crop", crop=True)
             return
-        for line in [names, *lines] if first else lines:
-            click.echo(self._aligned(line))
+        names = [column.name for column in self._columns]
+        found = _widths([names, *lines], len)
+        self._widths = [max(pair) for pair in zip(found, self._widths or found, strict=True)]
+        for line in [names, *lines] if head else lines:
+            cells = zip(line, self._widths, self._columns, strict=True)
+            padded = (c.rjust(width) if column.right else c.ljust(width) for c, width, column in cells)
+            click.echo(GAP.join(padded).rstrip())
 
-    def _aligned(self, cells: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(cells, self._widths, self._columns, strict=True)
-        )
-        return "  ".join(padded).rstrip()
 
-    def _print_table(self, console: Console, lines: Sequence[Sequence[str]], *, head: bool) -> None:
-        from rich.table import Table
-        from rich.text import Text
+def table_lines(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], room: int, *, head: bool = True
+) -> list[Text]:
+    """Return the lines of a table for a terminal that is `room` wide; the widest cut columns give way first."""
+    from rich.cells import cell_len, set_cell_size
+    from rich.text import Text
 
-        table = Table(box=None, show_header=head, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
-        for column, width in zip(self._columns, self._widths, strict=True):
-            table.add_column(
-                column.name,
-                justify="right" if column.right else "left",
-                no_wrap=True,
-                overflow="ellipsis",
-                min_width=None if column.cut else width,
-            )
-        for line in lines:
-            cells = zip(line, self._columns, strict=True)
-            table.add_row(*(Text(cell, style=colour_of(cell) if c.coloured else "") for cell, c in cells))
-        console.print(table)
+    names = [column.name for column in columns]
+    widths = _widths([names, *rows], cell_len)
+    over = sum(widths) + len(GAP) * (len(widths) - 1) - room
+    while over > 0:
+        n = max((n for n, c in enumerate(columns) if c.cut), key=lambda n: widths[n], default=None)
+        if n is None or widths[n] <= LEAST:
+            break  # the rest is lost at the right side
+        widths[n] -= 1
+        over -= 1
+    lines = []
+    for row in [names, *rows] if head else rows:
+        line = Text(no_wrap=True)
+        for n, (cell, column, width) in enumerate(zip(row, columns, widths, strict=True)):
+            length = cell_len(cell)
+            shown = cell if length <= width else set_cell_size(cell, width - 1) + "…"
+            pad = " " * max(0, width - length)
+            style = "bold" if row is names else colour_of(cell) if column.coloured else ""
+            line.append(pad + shown if column.right else shown + pad, style=style)
+            line.append(GAP if n < len(widths) - 1 else "")
+        lines.append(line)
+    return lines
+
+
+def _widths(rows: Sequence[Sequence[str]], length: Callable[[str], int]) -> list[int]:
+    return [max(map(length, cells)) for cells in zip(*rows, strict=True)]
+
+
+def say(text: str) -> None:
+    """Print a sentence; a terminal gets it broken between words."""
+    if not sys.stdout.isatty():
+        click.echo(text)
+        return
+    width = shutil.get_terminal_size().columns
+    click.echo("\n".join(textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)))
 
 
 def _one_line(cell: str) -> str:

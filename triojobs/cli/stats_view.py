@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
-from .output import Column, Printer, colour_of, console, shown_seconds
+from .output import Column, Printer, console, shown_seconds, table_lines
 from .queues import state_of
 
 if TYPE_CHECKING:
@@ -204,12 +204,13 @@ class LiveView:
         some_groups = min(len(snapshot.groups), max(room // 3, room - len(snapshot.queues)))
         queues = sorted(snapshot.queues, key=_urgency, reverse=True)
         shown = queues[: room - some_groups]
+        columns = queue_columns(wide=wide)
         parts: list[RenderableType] = [
             head,
             Text(),
-            _table(queue_columns(wide=wide), [queue_cells(each, wide=wide) for each in shown]),
+            *table_lines(columns, [queue_cells(each, wide=wide) for each in shown], width),
             Text(),
-            _table(GROUPS, [group_cells(each) for each in snapshot.groups[:some_groups]]),
+            *table_lines(GROUPS, [group_cells(each) for each in snapshot.groups[:some_groups]], width),
         ]
         hidden = len(queues) - len(shown), len(snapshot.groups) - some_groups
         more = [f"{n} more {what}" for n, what in zip(hidden, ("queue(s)", "group(s)"), strict=True) if n > 0]
@@ -219,20 +220,3 @@ class LiveView:
 
 def _urgency(queue: QueueInfo) -> tuple[float, int]:
     return (queue.oldest_due_age or 0.0, queue.running)
-
-
-def _table(columns: Iterable[Column], rows: Iterable[list[str]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    columns = list(columns)
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(
-            column.name, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis"
-        )
-    for row in rows:
-        table.add_row(
-            *(Text(c, style=colour_of(c) if k.coloured else "") for c, k in zip(row, columns, strict=True))
-        )
-    return table
