@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
-import json
 import math
 import shutil
 import sys
@@ -66,8 +65,10 @@ def note(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one line of JSON."""
-    click.echo(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+    """Print one line of JSON. What users wrote goes through `plain` before."""
+    import msgspec
+
+    click.echo(msgspec.json.encode(value))
 
 
 def plain(value: object) -> Any:
@@ -81,7 +82,7 @@ def plain(value: object) -> Any:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
     if isinstance(value, dt.datetime):
-        return value.isoformat()
+        return value.isoformat().replace("+00:00", "Z")
     if is_dataclass(value) and not isinstance(value, type):
         return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):

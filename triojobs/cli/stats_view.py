@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
-from .output import Column, Printer, console, shown_seconds, table_lines
+from .output import Column, Printer, console, say, shown_seconds, table_lines
 from .queues import state_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class PageView:
         """Print everything."""
         terminal = console()
         wide = terminal is None or terminal.width >= WIDE
-        click.echo(", ".join(head_of(snapshot)))
+        say(", ".join(head_of(snapshot)))
         if snapshot.queues:
             click.echo()
             Printer(queue_columns(wide=wide)).print(queue_cells(each, wide=wide) for each in snapshot.queues)
