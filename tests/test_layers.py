@@ -20,14 +20,14 @@ LAYERS = {
     3: "_bridge _commit _listener _beats _postgres _sync_store _wake _memory _admin_store _pruning",
     4: "_fetcher _handling _verdict _settler _heartbeat _comparison _stubborn _stacks _registration _keeper _group"
     " _job _flusher",
-    5: "__init__ _open _serve _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering"
+    5: "__init__ _exports _open _serve _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering"
     " _explore testing",
     6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
-# __init__ only tries the import, to say what to install; the demo is written like a user's program.
+# _exports only tries the import, to say what to install; the demo is written like a user's program.
 PSYCOPG = {
-    "__init__",
+    "_exports",
     "_sql",
     "_bridge",
     "_commit",
@@ -42,7 +42,7 @@ THREADS = {"_bridge", "cli"}
 # Downwards but for these, each with its reason.
 EXCEPTIONS = {
     ("_group", "_client"),  # a group lends a client that uses its connections
-    ("__init__", "embedded"),  # re-exported; pgserver itself is imported when it is used
+    ("_exports", "embedded"),  # re-exported; pgserver itself is imported when it is used
 }
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
 

@@ -32,7 +32,13 @@ def public(thing: object) -> list[str]:
 
 
 def test_the_public_names_are_these() -> None:
-    assert public(triojobs) == sorted(NAMES)
+    assert sorted(triojobs.__all__) == sorted(NAMES)
+    assert set(NAMES) <= set(dir(triojobs))
+
+
+def test_a_name_that_is_none_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'triojobs' has no attribute 'Qeue'"):
+        _ = triojobs.Qeue  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +57,15 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert triojobs.__version__ == version("triojobs")
 
 
+def test_importing_the_package_alone_imports_neither_psycopg_nor_trio() -> None:
+    program = "import sys, triojobs; print([m for m in ('psycopg', 'trio') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_importing_triojobs_imports_no_extra() -> None:
-    program = f"import sys, triojobs; print([m for m in {NOT_IMPORTED!r} if m in sys.modules])"
+    program = (
+        f"import sys, triojobs; triojobs.Queue; print([m for m in {NOT_IMPORTED!r} if m in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

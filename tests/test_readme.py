@@ -144,7 +144,7 @@ def test_the_enqueue_keywords_are_all_there() -> None:
 
 
 def test_every_error_is_named() -> None:
-    errors = [n for n in vars(triojobs) if n.endswith("Error")]
+    errors = [n for n in triojobs.__all__ if n.endswith("Error")]
     assert [name for name in errors if name not in TEXT] == []
 
 

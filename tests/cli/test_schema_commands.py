@@ -86,9 +86,13 @@ def test_sql_with_a_dsn_prints_what_is_pending_there(empty_database: str) -> Non
 
 
 def test_a_missing_libpq_is_told_with_the_extra_that_brings_it() -> None:
-    done = run("--version", code=WITHOUT_LIBPQ)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == (
+    assert run("--version", code=WITHOUT_LIBPQ).returncode == 0
+    assert_one_line_of_error(
+        run("jobs", "list", "--dsn", "", code=WITHOUT_LIBPQ), 'pip install "triojobs[binary]"'
+    )
+    imported = run(code=WITHOUT_LIBPQ.partition("from triojobs")[0] + "from triojobs import Queue")
+    assert imported.returncode != 0
+    assert imported.stderr.splitlines()[-1] == (
         'ImportError: triojobs needs psycopg with libpq; run: pip install "triojobs[binary]"'
     )
 

@@ -6,9 +6,15 @@ import datetime as dt
 import json
 import math
 import re
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
+
+if TYPE_CHECKING:
+    FloatType = click.ParamType[float]
+    TimeType = click.ParamType[dt.datetime]
+else:
+    FloatType = TimeType = click.ParamType  # generic in new versions of click only
 
 __all__ = ["DURATION", "INSTANT", "JOB_ID", "SINCE", "Duration", "Instant", "parsed_duration", "parsed_json"]
 
@@ -87,7 +93,7 @@ def parsed_json(text: str, what: str) -> Any:
     )
 
 
-class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
+class Duration(FloatType):
     """A duration as float seconds."""
 
     name = "duration"
@@ -108,7 +114,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in new ver
         return seconds
 
 
-class Instant(click.ParamType):  # type: ignore[type-arg]  # as above
+class Instant(TimeType):
     """A point in time; with `ago` a duration is understood as well: so long before now."""
 
     name = "time"
