@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from triojobs.cli import cli
 
 __all__ = ["main"]
@@ -9,7 +12,19 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line on this process's arguments; never returns."""
+    _open_what_is_closed()
     cli(prog_name="triojobs")
+
+
+def _open_what_is_closed() -> None:
+    """Write to nowhere instead of a standard stream that is closed; the next socket would get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for the process's life
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 if __name__ == "__main__":

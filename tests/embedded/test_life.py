@@ -12,9 +12,10 @@ import psycopg
 import pytest
 import trio
 
+from tests.tools.administrator import restart
 from triojobs._embedded_cluster import Cluster
 from triojobs._embedded_directory import read_pid_file, remove_socket_dir
-from triojobs._embedded_programs import find_bindir, server_account
+from triojobs._embedded_programs import server_account
 from triojobs._errors import DatabaseError
 from triojobs.embedded import EmbeddedPostgres, open_embedded_postgres
 
@@ -116,29 +117,6 @@ async def test_the_server_of_a_killed_owner_is_adopted_and_stopped(
 
     assert processes_below(place) == []
     assert names_in(place) == ["data"]
-
-
-def restart(data_dir: Path) -> None:
-    """Restart the server as its administrator does: another process, with the options of the one before."""
-    pgdata = data_dir / "pgdata"
-    account = server_account(pgdata)
-    told = subprocess.run(
-        [
-            str(find_bindir(None) / "pg_ctl"),
-            "-D",
-            str(pgdata),
-            "-m",
-            "fast",
-            "-w",
-            "restart",
-            "-l",
-            "/dev/null",
-        ],
-        capture_output=True,
-        text=True,
-        **account.popen_options(),
-    )
-    assert told.returncode == 0, told.stdout + told.stderr
 
 
 async def test_a_server_that_somebody_restarted_serves_on_and_is_stopped_at_the_end(place: Path) -> None:

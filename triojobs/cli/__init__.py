@@ -9,7 +9,11 @@ a traceback. `demo` ends with 130 after Ctrl-C and 143 after SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import os
+import sys
 from importlib.util import find_spec
 from typing import IO, Any, Final
 
@@ -27,6 +31,7 @@ COMMANDS: Final = {
     "verify": "triojobs.cli.schema",
 }
 
+BROKEN_PIPE: Final = 141  # as a shell has it for SIGPIPE
 NO_LIBPQ: Final = 'psycopg finds no libpq on this machine; pip install "triojobs[binary]", or install libpq'
 
 
@@ -38,6 +43,14 @@ class Failure(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line to stderr."""
         click.echo(f"error: {' '.join(self.message.split())}", file=file, err=True)
+
+
+class OutputError(Exception):
+    """The output cannot be written: its reader has gone, or the disk is full."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 class Misuse(Failure):
@@ -77,6 +90,18 @@ class LazyGroup(click.Group):
             raise Misuse(f"{exc.format_message().rstrip('.')}; see `{command} --help`") from exc
         except ImportError as exc:
             raise Failure(_missing(exc)) from exc
+        except (OutputError, OSError) as exc:
+            raise _output_failed(exc.error if isinstance(exc, OutputError) else exc) from exc
+
+
+def _output_failed(error: OSError) -> SystemExit | Failure:
+    """Return how a command ends whose output cannot be written: quietly when nobody reads it any more."""
+    # What is still in the buffer would be written, and fail once more, when the interpreter ends.
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        return SystemExit(BROKEN_PIPE)
+    return Failure(f"{error.strerror or error}")
 
 
 def _missing(exc: ImportError) -> str:

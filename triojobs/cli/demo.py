@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -24,10 +24,12 @@ import trio
 
 import triojobs
 
-from .._errors import sole_error
+from .._errors import checked_seconds
 from .._options import checked_schema
-from . import Failure
-from .demo_books import Books, Counts, Run
+from .._sql.failures import UNREACHABLE_HINT, connect
+from . import Failure, OutputError
+from .demo_books import NOTHING, Books, Counts, Run
+from .demo_outage import PATIENCE, Outages, told
 from .demo_story import Story
 from .demo_view import Result, View, open_view
 from .schema import schema_option
@@ -53,15 +55,21 @@ class Settings:
     dsn: str | None
     data: str | None
     schema: str
+    patience: float
 
     def server(self) -> AbstractAsyncContextManager[str]:
         """Open what the jobs are kept in."""
         return triojobs.open_embedded_postgres(self.data) if self.dsn is None else _given(self.dsn)
 
     @property
+    def keeps(self) -> bool:
+        """Whether the jobs outlive the demo."""
+        return self.dsn is not None or self.data is not None
+
+    @property
     def again(self) -> str:
         """What becomes of the jobs that wait."""
-        if self.dsn is None and self.data is None:
+        if not self.keeps:
             return "they are gone with the temporary server; --data DIR would keep them"
         place = "--dsn …" if self.data is None else f"--data {self.data}"
         return f"`triojobs demo {place}` again finishes them"
@@ -96,6 +104,7 @@ class Interrupts:
                 self.first = number
                 self.stopping.set()
                 if not self.working:
+                    self.view.note("stopping before any job runs")
                     self.everything.cancel(reason="interrupted")
                 else:
                     self.view.note(f"stopping: what runs has {GRACE_PERIOD:g} s to end; again to cancel it")
@@ -114,6 +123,7 @@ class Demo:
         self._settings = settings
         self._view = view
         self._limiter = trio.CapacityLimiter(16)  # our own: the default one belongs to everybody
+        self._outages = Outages(view.note, self._limiter, patience=settings.patience)
 
     async def play(self) -> Result | int:
         """Run it to its end. Returns the result, or the signal that came before anything ran."""
@@ -133,39 +143,56 @@ class Demo:
     async def _play_on(self, conninfo: str, interrupts: Interrupts) -> Result:
         settings = self._settings
         migrate = partial(triojobs.migrate, conninfo, schema=settings.schema, lock_wait=LOCK_WAIT)
-        await self._in_thread(migrate)
+        await self._reach(conninfo)
+        await self._ask(migrate)
         books = Books(conninfo, settings.schema)
-        run = await self._in_thread(books.open_run, settings.emails)
-        missing = await self._in_thread(books.missing, run)
-        before = await self._in_thread(books.counts, run)
+        run = await self._ask(books.open_run, settings.emails)
+        missing = await self._ask(books.missing, run)
+        before = await self._ask(books.counts, run)
         self._greet(run, missing, before)
-        story = Story(books, run, self._limiter)
+        story = Story(books, run, self._limiter, self._outages)
         began = trio.current_time()
+        released = 0
         with interrupts.work:
-            async with triojobs.open_worker_group(
-                conninfo,
-                story.workers(),
-                name="demo",
-                schema=settings.schema,
-                grace_period=GRACE_PERIOD,
-                lease_duration=LEASE_DURATION,
-                lease_margin=LEASE_MARGIN,
-                beat_interval=BEAT_INTERVAL,
-            ) as group:
+            async with self._opened(conninfo, story) as group:
                 interrupts.working = True
                 await self._watch(group, story, books, run, missing, before, interrupts)
+            released = group.report.released
         seconds = trio.current_time() - began
-        counts = await self._in_thread(books.counts, run)
+        counts = await self._ask(books.counts, run)
         if counts.finished:
-            await self._in_thread(books.mark_finished, run)
+            await self._ask(books.mark_finished, run)
         await self._check_rollback(story, books)
         return Result(
             counts,
-            released=group.report.released,
+            released=released,
             seconds=seconds,
             worked=counts.ended - before.ended,
             signal=None if counts.finished else interrupts.first,
         )
+
+    @asynccontextmanager
+    async def _opened(self, conninfo: str, story: Story) -> AsyncIterator[triojobs.WorkerGroup]:
+        """Open the worker group, also when the database goes away in this very moment."""
+        while True:
+            opened = triojobs.open_worker_group(
+                conninfo,
+                story.workers(),
+                name="demo",
+                schema=self._settings.schema,
+                grace_period=GRACE_PERIOD,
+                lease_duration=LEASE_DURATION,
+                lease_margin=LEASE_MARGIN,
+                beat_interval=BEAT_INTERVAL,
+            )
+            async with AsyncExitStack() as stack:
+                try:
+                    group = await stack.enter_async_context(opened)
+                except triojobs.DatabaseError as exc:
+                    await self._outages.pause(exc)
+                    continue
+                yield group
+                return
 
     async def _watch(
         self,
@@ -184,7 +211,7 @@ class Demo:
             nursery.start_soon(_leave, group, nursery.cancel_scope)
             while True:
                 asked = trio.current_time()
-                counts = await self._in_thread(books.counts, run)
+                counts = await self._ask(books.counts, run)
                 now = trio.current_time()
                 elapsed = now - began
                 self._view.show(run, counts, (counts.ended - before.ended) / elapsed if elapsed else 0.0)
@@ -209,12 +236,25 @@ class Demo:
 
     async def _check_rollback(self, story: Story, books: Books) -> None:
         if story.rolled_back is not None:
-            there = await self._in_thread(books.exists, story.rolled_back)
+            there = await self._ask(books.exists, story.rolled_back)
             fate = "exists all the same: a bug, please report it" if there else "does not exist"
             self._view.note(f"job {story.rolled_back}, whose transaction was rolled back, {fate}")
 
-    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+    async def _reach(self, conninfo: str) -> None:
+        """Connect once: an address where nobody answers is told at once, and not waited for."""
+
+        def reach() -> None:
+            connect(conninfo, operation="connecting", application_name="triojobs demo").close()
+
+        try:
+            await trio.to_thread.run_sync(reach, limiter=self._limiter)
+        except triojobs.DatabaseError as exc:
+            if exc.hint == UNREACHABLE_HINT:
+                raise
+            await self._outages.in_thread(reach)
+
+    async def _ask(self, call: Callable[..., T], *args: Any) -> T:
+        return await self._outages.in_thread(partial(call, *args))
 
 
 async def _produce(
@@ -254,8 +294,15 @@ async def _leave(group: triojobs.WorkerGroup, scope: trio.CancelScope) -> None:
 )
 @click.option("--data", metavar="DIR", help="Keep the embedded server's data here, to be gone on with.")
 @schema_option
+@click.option(
+    "--patience",
+    default=PATIENCE,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for a database that went away in the middle.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; progress on stderr.")
-def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: bool) -> None:
+def demo(jobs: int, dsn: str | None, data: str | None, schema: str, patience: float, as_json: bool) -> None:
     """Run some hundred jobs on a private PostgreSQL, and count them.
 
     E-mails are enqueued from Trio, from threads and in transactions of their own. Some fail at first and
@@ -263,7 +310,7 @@ def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: boo
     its row. The tables of the demo are in the schema triojobs_demo.
 
     Ctrl-C stops within seconds and gives unfinished jobs back; with --data or --dsn the next demo goes on
-    with them, also after a kill -9.
+    with them, also after a kill -9. A restart of the database is waited out.
 
     Exit codes: 0 all jobs have ended, 1 an error or a lost job, 2 wrong usage, 130 after Ctrl-C, 143 after
     SIGTERM.
@@ -273,7 +320,8 @@ def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: boo
     if dsn is not None and data is not None:
         raise click.UsageError("--data is for the embedded server and --dsn for another: give one of them")
     checked_schema(schema)
-    settings = Settings(emails=jobs, dsn=dsn, data=data, schema=schema)
+    checked_seconds("patience", patience)
+    settings = Settings(emails=jobs, dsn=dsn, data=data, schema=schema, patience=patience)
     view = open_view(as_json=as_json)
     try:
         outcome = trio.run(Demo(settings, view).play)
@@ -287,6 +335,8 @@ def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: boo
     finally:
         view.close()
     if isinstance(outcome, int):
+        if as_json:
+            view.finish(Result(NOTHING, released=0, seconds=0.0, worked=0, signal=outcome))
         view.note("interrupted before any job ran")
         raise SystemExit(128 + outcome)
     view.finish(outcome)
@@ -304,16 +354,30 @@ def _end(result: Result, settings: Settings, view: View) -> None:
     raise SystemExit(128 + result.signal)
 
 
-def _failure(exc: BaseException, settings: Settings) -> Failure | None:
-    """Return one line for what a user can mend, None for what is our own mistake."""
-    alone = sole_error(exc)
-    if isinstance(alone, triojobs.OptionError) and alone.field == "data_dir":
-        return Failure(str(alone).replace("data_dir is", "--data is"))
-    if isinstance(alone, triojobs.TriojobsError):
-        if settings.dsn is None and "were not found" in str(alone):
-            return Failure(f"{alone}, or name a server with --dsn")
-        return Failure(str(alone))
-    if isinstance(alone, psycopg.Error):
-        text = alone.diag.message_primary or str(alone)
-        return Failure(f"while using the demo's tables: {text}; check the server and the rights of the user")
-    return None
+def _failure(exc: BaseException, settings: Settings) -> Failure | OutputError | None:
+    """Return one line for what a user can mend, None for what is our own mistake.
+
+    Several tasks may meet the same trouble at once: the first of them tells it.
+    """
+    leaves = list(_leaves(exc))
+    if not all(isinstance(leaf, triojobs.TriojobsError | psycopg.Error | OutputError) for leaf in leaves):
+        return None
+    first = next((leaf for leaf in leaves if isinstance(leaf, OutputError)), leaves[0])
+    if isinstance(first, OutputError):
+        return first
+    if isinstance(first, triojobs.OptionError) and first.field == "data_dir":
+        return Failure(str(first).replace("data_dir is", "--data is"))
+    if isinstance(first, psycopg.Error):
+        first = told(first)
+    if settings.dsn is None and "were not found" in str(first):
+        return Failure(f"{first}, or name a server with --dsn")
+    later = isinstance(first, triojobs.DatabaseError) and first.transient
+    return Failure(f"{first}; {settings.again}" if later and settings.keeps else str(first))
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        for inner in exc.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield exc
