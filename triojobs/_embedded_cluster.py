@@ -73,6 +73,7 @@ class Cluster:
         self.lock: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self.adopted: int | None = None
+        self.unfinished: Path | None = None
         self.port: str = str(PORT)
 
     @property
@@ -105,7 +106,9 @@ class Cluster:
     def adopting(self, pgdata: Path) -> Iterator[None]:
         """Adopt the server that a killed owner left, or clear away what a dead one left.
 
-        A server that is on its way up or down is waited for: up ends in adoption, down in a start.
+        A server that is on its way up or down is waited for: up ends in adoption, down in a start. One
+        whose socket is gone (somebody restarted it for an owner that has removed its directory since)
+        serves nobody, and is stopped.
         """
         deadline = time.monotonic() + START_TIMEOUT
         while (found := read_pid_file(pgdata)) is not None:
@@ -119,6 +122,9 @@ class Cluster:
                     self.adopted = found.pid
                     return
                 self.socket_dir = None  # not proven ours: the clean-up must not remove it
+                if not (socket_dir / f".s.PGSQL.{found.port}").exists():
+                    yield from self.stopping_server()
+                    continue
             if time.monotonic() > deadline:
                 raise DatabaseError(
                     f"the server that runs on {pgdata} (process {found.pid}) does not answer",
@@ -135,7 +141,7 @@ class Cluster:
         """
         for left in home.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
+        unfinished = self.unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
         account.take_over(unfinished)
         command = [str(programs.bindir / "initdb"), "-D", str(unfinished), "-A", "trust", "-U", SUPERUSER]
         command += ["--no-locale", "-E", "UTF8", *(["--no-sync"] if self.data_dir is None else [])]
@@ -150,6 +156,7 @@ class Cluster:
                 hint=account_hint(home, account),
             )
         unfinished.rename(home / "pgdata")
+        self.unfinished = None
         if self.lock is not None:
             os.fsync(self.lock)  # the rename is as durable as what initdb wrote
 
@@ -219,6 +226,20 @@ class Cluster:
 
     def stopping(self) -> Iterator[None]:
         """Stop what runs, within the sum of STOP_SIGNALS, and remove what is not kept."""
+        yield from self.stopping_server()
+        self.child = self.adopted = None
+        if self.socket_dir is not None:
+            remove_socket_dir(self.socket_dir)
+        if self.unfinished is not None:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        if self.home is not None and self.data_dir is None:
+            shutil.rmtree(self.home, ignore_errors=True)
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def stopping_server(self) -> Iterator[None]:
+        """Stop the process that we own, or the server that runs on our directory."""
         for number, patience in STOP_SIGNALS:
             deadline = time.monotonic() + patience
             if not self.runs():
@@ -226,30 +247,32 @@ class Cluster:
             self.send(number)
             while self.runs() and time.monotonic() < deadline:
                 yield
-        self.child = self.adopted = None
-        if self.socket_dir is not None:
-            remove_socket_dir(self.socket_dir)
-        if self.home is not None and self.data_dir is None:
-            shutil.rmtree(self.home, ignore_errors=True)
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
 
     def runs(self) -> bool:
-        """Tell whether the process that we own is still there."""
-        if self.child is not None:
-            return self.child.poll() is None
-        return self.adopted is not None and postmaster_lives(self.adopted, self.pgdata)
+        """Tell whether the process that we own is still there, or another server in its place."""
+        return (self.child is not None and self.child.poll() is None) or self.server() is not None
+
+    def server(self) -> int | None:
+        """Return the process that serves our directory, or None.
+
+        Mostly our child, or the one that we adopted. Another one, when somebody has restarted it with
+        `pg_ctl restart`: as long as the lock is ours, it is ours as well.
+        """
+        if self.home is None or self.lock is None:
+            return None
+        found = read_pid_file(self.pgdata)
+        return found.pid if found is not None and postmaster_lives(found.pid, self.pgdata) else None
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the process that we own.
+        """Signal what runs.
 
         initdb gets the first patience without a signal: it needs half a second in all, and the servers
         that it runs, killed, would leave shared memory (1 MB each, seen) until the machine restarts.
         """
+        server = self.server()
         with contextlib.suppress(ProcessLookupError):
-            if self.adopted is not None:
-                os.kill(self.adopted, number)
+            if server is not None:
+                os.kill(server, number)
             elif self.child is not None and self.pgdata.exists():
                 self.child.send_signal(number)
             elif self.child is not None and number != signal.SIGINT:

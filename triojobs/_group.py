@@ -114,6 +114,18 @@ class WorkerGroup:
             raise wrong_side("stop", "from a thread or a signal handler use stop_from_thread")
         self._stopping_since = min(self._stopping_since, trio.current_time())
         self._stop.value = True
+        self._start_nothing_more()
+
+    def _start_nothing_more(self) -> None:
+        """Claim nothing more, and take back what no handler has started.
+
+        At once and not by the supervisor, whose turn may come after that of a fetcher with a claim, or of
+        slots that were handed jobs.
+        """
+        for live, per_queue in self._slots.items():
+            live.fetch_scope.cancel(reason="the worker group stops")
+            for slots in per_queue.values():
+                slots.withdraw()
 
     def stop_from_thread(self) -> None:
         """Do `stop` from any thread or signal handler. After the end of the program's loop: nothing."""
@@ -245,6 +257,8 @@ class WorkerGroup:
         start(self._run_slots, live, slots, name="triojobs slots")
         start(watch_handlers, live, slots, self._options, name="triojobs handlers' watch")
         start(fetcher.run, name="triojobs fetcher")
+        if self._stop.value:  # meanwhile
+            self._start_nothing_more()
 
     @trio.lowlevel.enable_ki_protection
     async def _run_slots(self, live: LiveRegistration, slots: dict[str, Slots]) -> None:
@@ -296,11 +310,8 @@ class WorkerGroup:
                 return
 
     async def _stop_gracefully(self, live: LiveRegistration) -> None:
-        live.fetch_scope.cancel(reason="the worker group stops")
         with trio.move_on_after(self._options.grace_period) as grace:
             await live.fetching.wait_value(False)
-            for slots in self._slots[live].values():
-                slots.withdraw()
             await live.wait_no_handler()
         if grace.cancelled_caught and live.running:
             log.warning(

@@ -96,6 +96,7 @@ class Slots:
         self._lot = trio.lowlevel.ParkingLot()
         self._taken = 0
         self._waking = 0
+        self._withdrawn = False
         self._yielded_at = 0.0
         self._clean = contextvars.copy_context()
         self._call_handler = _with_keyboard_interrupt(worker.handler)
@@ -126,7 +127,8 @@ class Slots:
             self._waking += len(self._lot.unpark(count=more))
 
     def withdraw(self) -> None:
-        """Take back what no handler has started; closing will release it."""
+        """Take back what no handler has started, and start nothing more; closing will release it."""
+        self._withdrawn = True
         self._taken -= len(self._inbox)
         self._inbox.clear()
 
@@ -172,6 +174,9 @@ class Slots:
     @trio.lowlevel.enable_ki_protection
     async def _alone(self, claim: Claim, claimed_at: float) -> None:
         await self._start_nothing_when_interrupted()
+        if self._withdrawn:  # after this task was made, before its first step
+            self._ended(claim)
+            return
         with trio.CancelScope() as scope:
             await self._run(claim, claimed_at, scope, trio.lowlevel.current_task())
 

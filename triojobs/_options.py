@@ -218,6 +218,11 @@ class GroupOptions:
             if not isinstance(getattr(self, field), bool):
                 raise OptionError(field, getattr(self, field), "True or False")
 
+    @property
+    def exit_bound(self) -> float:
+        """Longest time that leaving the group takes, given handlers that obey cancellation."""
+        return self.grace_period + self.close_timeout + self.call_timeout + 1.0
+
     def _check_hard_stop(self) -> None:
         if self.hard_stop is not None and (
             not callable(self.hard_stop) or inspect.iscoroutinefunction(self.hard_stop)

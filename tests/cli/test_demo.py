@@ -6,11 +6,9 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,15 +95,6 @@ def value(database: str, query: str) -> Any:
         row = conn.execute(query.encode()).fetchone()
     assert row is not None
     return row[0]
-
-
-@pytest.fixture
-def data(memory: Path | None) -> Iterator[Path]:
-    """A directory that the embedded server's account can enter (pytest's own are closed to it)."""
-    path = Path(tempfile.mkdtemp(prefix="tj-", dir=memory or "/tmp"))
-    path.chmod(0o711)
-    yield path / "data"
-    shutil.rmtree(path)
 
 
 def test_json_is_one_object_and_nothing_else(empty_database: str) -> None:

@@ -12,8 +12,9 @@ import psycopg
 import pytest
 import trio
 
+from tests.tools.administrator import restart
 from triojobs._embedded_cluster import Cluster
-from triojobs._embedded_directory import read_pid_file
+from triojobs._embedded_directory import read_pid_file, remove_socket_dir
 from triojobs._embedded_programs import server_account
 from triojobs._errors import DatabaseError
 from triojobs.embedded import EmbeddedPostgres, open_embedded_postgres
@@ -118,6 +119,41 @@ async def test_the_server_of_a_killed_owner_is_adopted_and_stopped(
     assert names_in(place) == ["data"]
 
 
+async def test_a_server_that_somebody_restarted_serves_on_and_is_stopped_at_the_end(place: Path) -> None:
+    async with open_embedded_postgres(place / "data") as conninfo:
+        fill(conninfo)
+        before = postmaster(place / "data")
+        await trio.to_thread.run_sync(restart, place / "data")
+        assert postmaster(place / "data") != before
+        assert value(conninfo, "SELECT count(*) FROM kept") == 1000
+
+    assert processes_below(place) == []
+    assert names_in(place) == ["data"]
+
+
+@pytest.mark.parametrize("socket_is_there", [True, False])
+async def test_a_server_that_was_restarted_after_its_owner_was_killed_is_adopted_or_replaced(
+    place: Path, owner: Callable[..., tuple[subprocess.Popen[str], str]], socket_is_there: bool
+) -> None:
+    process, left = owner(place / "data")
+    fill(left)
+    process.kill()
+    process.wait()
+    await trio.to_thread.run_sync(restart, place / "data")
+    restarted = postmaster(place / "data")
+    if not socket_is_there:  # an owner of an older version has removed it
+        found = read_pid_file(place / "data" / "pgdata")
+        assert found is not None
+        remove_socket_dir(Path(found.socket_dir))
+
+    async with open_embedded_postgres(place / "data") as conninfo:
+        assert value(conninfo, "SELECT count(*) FROM kept") == 1000
+        assert (postmaster(place / "data") == restarted) == socket_is_there
+
+    assert processes_below(place) == []
+    assert names_in(place) == ["data"]
+
+
 async def test_rows_survive_the_death_of_owner_and_server(
     place: Path, owner: Callable[..., tuple[subprocess.Popen[str], str]]
 ) -> None:
@@ -211,6 +247,7 @@ async def test_cancel_during_start_leaves_nothing_running(
     assert processes_below(place) == []
     assert names_in(place) == (["data"] if kept else [])
     if kept:
+        assert not list((place / "data").glob("pgdata.unfinished-*"))
         async with open_embedded_postgres(place / "data") as conninfo:
             assert value(conninfo, "SELECT 1") == 1
 

@@ -147,6 +147,7 @@ async def test_initdb_that_fails_says_why(place: Path) -> None:
     error = await refusal(place / "data", bindir=bindir)
 
     assert "initdb ended with 3: initdb: error: no space; " in str(error)
+    assert names_in(place / "data") == ["server.log"]
 
 
 async def test_programs_that_do_not_run(place: Path) -> None:

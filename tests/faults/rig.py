@@ -49,8 +49,7 @@ SETTLE: Final = b"USING asked a"
 
 def exit_bound(options: dict[str, Any]) -> float:
     """Return what leaving a group with these options may take."""
-    chosen = GroupOptions(name="bound", **options)
-    return chosen.grace_period + chosen.close_timeout + chosen.call_timeout + 1.0
+    return GroupOptions(name="bound", **options).exit_bound
 
 
 def call_bound(options: dict[str, Any]) -> float:

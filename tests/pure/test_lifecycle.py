@@ -150,7 +150,7 @@ class OneJob(RuleBasedStateMachine):
             event = Event.RELEASE
         else:
             self.tables.rescue([self.group_id], self.now)
-            killed = self.claim.attempt == self.claim.max_attempts
+            killed = self.claim.attempt >= self.claim.max_attempts  # a settlement may overrule the policy
             event = Event.SETTLE_KILLED if killed else Event.RESCUE
         self.happened(Event.SETTLE_CANCELLED if self.asked_to_cancel else event)
         self.group_id = self.new_group()

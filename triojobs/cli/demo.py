@@ -11,6 +11,7 @@ from .options import schema_option
 __all__ = ["demo"]
 
 MOST_JOBS: Final = 1_000_000
+PATIENCE: Final = 60.0  # seconds; a server that recovers from a crash may need them
 
 
 @click.command()
@@ -23,8 +24,15 @@ MOST_JOBS: Final = 1_000_000
 )
 @click.option("--data", metavar="DIR", help="Keep the embedded server's data here, to be gone on with.")
 @schema_option
+@click.option(
+    "--patience",
+    default=PATIENCE,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for a database that went away in the middle.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; progress on stderr.")
-def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: bool) -> None:
+def demo(jobs: int, dsn: str | None, data: str | None, schema: str, patience: float, as_json: bool) -> None:
     """Run some hundred jobs on a private PostgreSQL, and count them.
 
     E-mails are enqueued from Trio, from threads and in transactions of their own. Some fail at first and
@@ -32,7 +40,7 @@ def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: boo
     its row. The tables of the demo are in the schema triojobs_demo.
 
     Ctrl-C stops within seconds and gives unfinished jobs back; with --data or --dsn the next demo goes on
-    with them, also after a kill -9.
+    with them, also after a kill -9. A restart of the database is waited out.
 
     Exit codes: 0 all jobs have ended, 1 an error or a lost job, 2 wrong usage, 130 after Ctrl-C, 143 after
     SIGTERM.
@@ -43,4 +51,4 @@ def demo(jobs: int, dsn: str | None, data: str | None, schema: str, as_json: boo
         raise click.UsageError("--data is for the embedded server and --dsn for another: give one of them")
     from .demo_course import run
 
-    run(jobs, dsn=dsn, data=data, schema=schema, as_json=as_json)
+    run(jobs, dsn=dsn, data=data, schema=schema, patience=patience, as_json=as_json)

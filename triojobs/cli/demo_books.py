@@ -17,7 +17,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import class_row, tuple_row
 
-__all__ = ["ACTIVITIES", "EMAILS", "Books", "Counts", "Run"]
+__all__ = ["ACTIVITIES", "EMAILS", "NOTHING", "Books", "Counts", "Run"]
 
 EMAILS: Final = "demo.emails"
 ACTIVITIES: Final = "demo.activities"
@@ -159,6 +159,21 @@ class Counts:
     def finished(self) -> bool:
         """Nothing is left to do."""
         return self.all_enqueued and self.waiting == self.running == 0
+
+
+NOTHING: Final = Counts(
+    enqueued=0,
+    emails=0,
+    running=0,
+    waiting=0,
+    done=0,
+    killed=0,
+    cancelled=0,
+    attempts=0,
+    failed=0,
+    all_enqueued=False,
+    lost=0,
+)
 
 
 class Books:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -23,12 +23,14 @@ import trio
 
 import triojobs
 
-from .._errors import sole_error
+from .._errors import checked_seconds
 from .._options import checked_schema
-from .demo_books import Books, Counts, Run
+from .._sql.failures import UNREACHABLE_HINT, connect
+from .demo_books import NOTHING, Books, Counts, Run
+from .demo_outage import Outages, told
 from .demo_story import Story
 from .demo_view import Result, View, open_view
-from .ending import Failure
+from .ending import Failure, OutputError
 
 __all__ = ["run"]
 
@@ -50,15 +52,21 @@ class Settings:
     dsn: str | None
     data: str | None
     schema: str
+    patience: float
 
     def server(self) -> AbstractAsyncContextManager[str]:
         """Open what the jobs are kept in."""
         return triojobs.open_embedded_postgres(self.data) if self.dsn is None else _given(self.dsn)
 
     @property
+    def keeps(self) -> bool:
+        """Whether the jobs outlive the demo."""
+        return self.dsn is not None or self.data is not None
+
+    @property
     def again(self) -> str:
         """What becomes of the jobs that wait."""
-        if self.dsn is None and self.data is None:
+        if not self.keeps:
             return "they are gone with the temporary server; --data DIR would keep them"
         place = "--dsn …" if self.data is None else f"--data {self.data}"
         return f"`triojobs demo {place}` again finishes them"
@@ -93,6 +101,7 @@ class Interrupts:
                 self.first = number
                 self.stopping.set()
                 if not self.working:
+                    self.view.note("stopping before any job runs")
                     self.everything.cancel(reason="interrupted")
                 else:
                     self.view.note(f"stopping: what runs has {GRACE_PERIOD:g} s to end; again to cancel it")
@@ -111,6 +120,7 @@ class Demo:
         self._settings = settings
         self._view = view
         self._limiter = trio.CapacityLimiter(16)  # our own: the default one belongs to everybody
+        self._outages = Outages(view.note, self._limiter, patience=settings.patience)
 
     async def play(self) -> Result | int:
         """Run it to its end. Returns the result, or the signal that came before anything ran."""
@@ -130,39 +140,56 @@ class Demo:
     async def _play_on(self, conninfo: str, interrupts: Interrupts) -> Result:
         settings = self._settings
         migrate = partial(triojobs.migrate, conninfo, schema=settings.schema, lock_wait=LOCK_WAIT)
-        await self._in_thread(migrate)
+        await self._reach(conninfo)
+        await self._ask(migrate)
         books = Books(conninfo, settings.schema)
-        run = await self._in_thread(books.open_run, settings.emails)
-        missing = await self._in_thread(books.missing, run)
-        before = await self._in_thread(books.counts, run)
+        run = await self._ask(books.open_run, settings.emails)
+        missing = await self._ask(books.missing, run)
+        before = await self._ask(books.counts, run)
         self._greet(run, missing, before)
-        story = Story(books, run, self._limiter)
+        story = Story(books, run, self._limiter, self._outages)
         began = trio.current_time()
+        released = 0
         with interrupts.work:
-            async with triojobs.open_worker_group(
-                conninfo,
-                story.workers(),
-                name="demo",
-                schema=settings.schema,
-                grace_period=GRACE_PERIOD,
-                lease_duration=LEASE_DURATION,
-                lease_margin=LEASE_MARGIN,
-                beat_interval=BEAT_INTERVAL,
-            ) as group:
+            async with self._opened(conninfo, story) as group:
                 interrupts.working = True
                 await self._watch(group, story, books, run, missing, before, interrupts)
+            released = group.report.released
         seconds = trio.current_time() - began
-        counts = await self._in_thread(books.counts, run)
+        counts = await self._ask(books.counts, run)
         if counts.finished:
-            await self._in_thread(books.mark_finished, run)
+            await self._ask(books.mark_finished, run)
         await self._check_rollback(story, books)
         return Result(
             counts,
-            released=group.report.released,
+            released=released,
             seconds=seconds,
             worked=counts.ended - before.ended,
             signal=None if counts.finished else interrupts.first,
         )
+
+    @asynccontextmanager
+    async def _opened(self, conninfo: str, story: Story) -> AsyncIterator[triojobs.WorkerGroup]:
+        """Open the worker group, also when the database goes away in this very moment."""
+        while True:
+            opened = triojobs.open_worker_group(
+                conninfo,
+                story.workers(),
+                name="demo",
+                schema=self._settings.schema,
+                grace_period=GRACE_PERIOD,
+                lease_duration=LEASE_DURATION,
+                lease_margin=LEASE_MARGIN,
+                beat_interval=BEAT_INTERVAL,
+            )
+            async with AsyncExitStack() as stack:
+                try:
+                    group = await stack.enter_async_context(opened)
+                except triojobs.DatabaseError as exc:
+                    await self._outages.pause(exc)
+                    continue
+                yield group
+                return
 
     async def _watch(
         self,
@@ -181,7 +208,7 @@ class Demo:
             nursery.start_soon(_leave, group, nursery.cancel_scope)
             while True:
                 asked = trio.current_time()
-                counts = await self._in_thread(books.counts, run)
+                counts = await self._ask(books.counts, run)
                 now = trio.current_time()
                 elapsed = now - began
                 self._view.show(run, counts, (counts.ended - before.ended) / elapsed if elapsed else 0.0)
@@ -206,12 +233,25 @@ class Demo:
 
     async def _check_rollback(self, story: Story, books: Books) -> None:
         if story.rolled_back is not None:
-            there = await self._in_thread(books.exists, story.rolled_back)
+            there = await self._ask(books.exists, story.rolled_back)
             fate = "exists all the same: a bug, please report it" if there else "does not exist"
             self._view.note(f"job {story.rolled_back}, whose transaction was rolled back, {fate}")
 
-    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+    async def _reach(self, conninfo: str) -> None:
+        """Connect once: an address where nobody answers is told at once, and not waited for."""
+
+        def reach() -> None:
+            connect(conninfo, operation="connecting", application_name="triojobs demo").close()
+
+        try:
+            await trio.to_thread.run_sync(reach, limiter=self._limiter)
+        except triojobs.DatabaseError as exc:
+            if exc.hint == UNREACHABLE_HINT:
+                raise
+            await self._outages.in_thread(reach)
+
+    async def _ask(self, call: Callable[..., T], *args: Any) -> T:
+        return await self._outages.in_thread(partial(call, *args))
 
 
 async def _produce(
@@ -241,10 +281,11 @@ async def _leave(group: triojobs.WorkerGroup, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def run(jobs: int, *, dsn: str | None, data: str | None, schema: str, as_json: bool) -> None:
+def run(jobs: int, *, dsn: str | None, data: str | None, schema: str, patience: float, as_json: bool) -> None:
     """Play the demo from the command line, and leave with its exit code unless it is 0."""
     checked_schema(schema)
-    settings = Settings(emails=jobs, dsn=dsn, data=data, schema=schema)
+    checked_seconds("patience", patience)
+    settings = Settings(emails=jobs, dsn=dsn, data=data, schema=schema, patience=patience)
     view = open_view(as_json=as_json)
     try:
         outcome = trio.run(Demo(settings, view).play)
@@ -258,6 +299,8 @@ def run(jobs: int, *, dsn: str | None, data: str | None, schema: str, as_json: b
     finally:
         view.close()
     if isinstance(outcome, int):
+        if as_json:
+            view.finish(Result(NOTHING, released=0, seconds=0.0, worked=0, signal=outcome))
         view.note("interrupted before any job ran")
         raise SystemExit(128 + outcome)
     view.finish(outcome)
@@ -275,16 +318,30 @@ def _end(result: Result, settings: Settings, view: View) -> None:
     raise SystemExit(128 + result.signal)
 
 
-def _failure(exc: BaseException, settings: Settings) -> Failure | None:
-    """Return one line for what a user can mend, None for what is our own mistake."""
-    alone = sole_error(exc)
-    if isinstance(alone, triojobs.OptionError) and alone.field == "data_dir":
-        return Failure(str(alone).replace("data_dir is", "--data is"))
-    if isinstance(alone, triojobs.TriojobsError):
-        if settings.dsn is None and "were not found" in str(alone):
-            return Failure(f"{alone}, or name a server with --dsn")
-        return Failure(str(alone))
-    if isinstance(alone, psycopg.Error):
-        text = alone.diag.message_primary or str(alone)
-        return Failure(f"while using the demo's tables: {text}; check the server and the rights of the user")
-    return None
+def _failure(exc: BaseException, settings: Settings) -> Failure | OutputError | None:
+    """Return one line for what a user can mend, None for what is our own mistake.
+
+    Several tasks may meet the same trouble at once: the first of them tells it.
+    """
+    leaves = list(_leaves(exc))
+    if not all(isinstance(leaf, triojobs.TriojobsError | psycopg.Error | OutputError) for leaf in leaves):
+        return None
+    first = next((leaf for leaf in leaves if isinstance(leaf, OutputError)), leaves[0])
+    if isinstance(first, OutputError):
+        return first
+    if isinstance(first, triojobs.OptionError) and first.field == "data_dir":
+        return Failure(str(first).replace("data_dir is", "--data is"))
+    if isinstance(first, psycopg.Error):
+        first = told(first)
+    if settings.dsn is None and "were not found" in str(first):
+        return Failure(f"{first}, or name a server with --dsn")
+    later = isinstance(first, triojobs.DatabaseError) and first.transient
+    return Failure(f"{first}; {settings.again}" if later and settings.keeps else str(first))
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        for inner in exc.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield exc

@@ -5,7 +5,8 @@ It is written as a user's program would be: with the public names of triojobs, p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -16,6 +17,7 @@ import trio
 import triojobs
 
 from .demo_books import ACTIVITIES, EMAILS, Books, Run
+from .demo_outage import Outages
 
 __all__ = ["Story"]
 
@@ -62,10 +64,11 @@ class MailboxError(Exception):
 class Story:
     """Handlers and producers of one run."""
 
-    def __init__(self, books: Books, run: Run, limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, books: Books, run: Run, limiter: trio.CapacityLimiter, outages: Outages) -> None:
         self._books = books
         self._run = run
         self._limiter = limiter
+        self._outages = outages
         self.rolled_back: int | None = None  # the id of the job that must not exist
 
     def workers(self) -> list[triojobs.Worker[Any, Any]]:
@@ -100,7 +103,12 @@ class Story:
             )
             return Receipt(activity_id)
 
-        return await job.commit(work)
+        try:
+            return await job.commit(work)
+        except triojobs.DatabaseError as exc:
+            if not exc.transient:
+                raise
+            raise triojobs.Snooze(1.0) from exc  # the database is away: not the job's fault, not an attempt
 
     # Who enqueues. The key makes each enqueue safe to repeat: a number that is there stays as it is.
 
@@ -115,29 +123,49 @@ class Story:
                 own = from_threads[start::THREADS]
                 nursery.start_soon(self._in_thread, partial(self._enqueue_from_thread, client, own))
             nursery.start_soon(self._in_thread, partial(self._enqueue_in_transactions, in_transactions))
-        await self._in_thread(partial(self._books.mark_enqueued, self._run))
+        await self._outages.in_thread(partial(self._books.mark_enqueued, self._run))
 
     async def _enqueue_from_trio(self, client: triojobs.Client, numbers: Sequence[int]) -> None:
         half = len(numbers) // 2
         for start in range(0, half, CHUNK):
-            chunk = numbers[start : min(half, start + CHUNK)]
-            await client.enqueue_many(emails, [self._job(number) for number in chunk])
+            chunk = [self._job(number) for number in numbers[start : min(half, start + CHUNK)]]
+            await self._repeated(partial(client.enqueue_many, emails, chunk))
         for number in numbers[half:]:
-            await client.enqueue(emails, self._email(number), **self._options(number))
+            await self._repeated(
+                partial(client.enqueue, emails, self._email(number), **self._options(number))
+            )
+
+    async def _repeated(self, enqueue: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            try:
+                await enqueue()
+            except triojobs.DatabaseError as exc:
+                await self._outages.pause(exc)
+            else:
+                self._outages.over()
+                return
 
     def _enqueue_from_thread(self, client: triojobs.Client, numbers: Sequence[int]) -> None:
         for number in numbers:
-            client.enqueue_from_thread(emails, self._email(number), **self._options(number))
+            self._outages.here(
+                partial(client.enqueue_from_thread, emails, self._email(number), **self._options(number))
+            )
 
     def _enqueue_in_transactions(self, numbers: Sequence[int]) -> None:
-        with self._books.connect() as conn:
-            for number in numbers:
-                trio.from_thread.check_cancelled()
-                with conn.transaction():
-                    self._order(conn, number)
-            # And one whose transaction fails: neither its row nor its job will ever exist.
-            with conn.transaction(force_rollback=True):
-                self.rolled_back = self._order(conn, self._run.emails + 1)
+        left = deque(numbers)
+
+        def enqueue_rest() -> None:
+            with self._books.connect() as conn:
+                while left:
+                    trio.from_thread.check_cancelled()
+                    with conn.transaction():
+                        self._order(conn, left[0])
+                    left.popleft()  # only now: without a reply it is ordered once more
+                # And one whose transaction fails: neither its row nor its job will ever exist.
+                with conn.transaction(force_rollback=True):
+                    self.rolled_back = self._order(conn, self._run.emails + 1)
+
+        self._outages.here(enqueue_rest)
 
     def _order(self, conn: psycopg.Connection[Any], number: int) -> int:
         job_id = triojobs.enqueue_on(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
 from .demo_books import Counts, Run
+from .ending import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -104,12 +105,19 @@ def open_view(*, as_json: bool) -> View:
 
 
 def _print_json(result: Result) -> None:
-    print(result.as_json(), flush=True)
+    _print(result.as_json(), sys.stdout)
 
 
 def _print_rows(result: Result) -> None:
     for name, number, why in result.rows():
-        print(f"{name:>9} {number:>7}   {why}", flush=True)
+        _print(f"{name:>9} {number:>7}   {why}", sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as exc:
+        raise OutputError(exc) from exc
 
 
 class LineView:
@@ -122,7 +130,7 @@ class LineView:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        print(text, file=self._stream, flush=True)
+        _print(text, self._stream)
 
     def show(self, run: Run, counts: Counts, rate: float) -> None:
         """Print the numbers as one line, once a second."""

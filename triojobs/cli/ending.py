@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Final
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
-__all__ = ["Failure", "Misuse", "missing", "one_line_at_the_end", "usage_in_one_line"]
+__all__ = ["Failure", "Misuse", "OutputError", "missing", "one_line_at_the_end", "usage_in_one_line"]
 
 INTERRUPTED: Final = 130  # as a shell has it for SIGINT
 READER_GONE: Final = 141  # as a shell has it for SIGPIPE, which Python does not die of
@@ -32,6 +33,14 @@ class Failure(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line to stderr."""
         click.echo(f"error: {' '.join(self.message.split())}", file=file, err=True)
+
+
+class OutputError(Exception):
+    """The output cannot be written: its reader has gone, or the disk is full."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 class Misuse(Failure):
@@ -54,16 +63,13 @@ def one_line_at_the_end(ctx: click.Context) -> Iterator[None]:
         raise Failure(missing(exc)) from exc
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except OutputError as exc:
+        raise _output_failed(exc.error) from exc
     except OSError as exc:
         # What else a command opens has a name, and connections have errors of their own.
         if exc.filename is not None or exc.errno not in CANNOT_WRITE:
             raise
-        _throw_away_stdout()
-        if exc.errno == errno.EPIPE:
-            raise SystemExit(READER_GONE) from None
-        raise Failure(
-            f"stdout cannot be written: {exc.strerror}; what was asked for may have been done"
-        ) from exc
+        raise _output_failed(exc) from exc
 
 
 @contextmanager
@@ -94,8 +100,15 @@ def _as_options(text: str) -> str:
     )
 
 
-def _throw_away_stdout() -> None:
-    """Let nobody write there any more: the interpreter would try at its end, and complain."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
+def _output_failed(error: OSError) -> SystemExit | Failure:
+    """Return how a command ends whose output cannot be written: quietly when nobody reads it any more."""
+    # What is still in the buffer would be written, and fail once more, when the interpreter ends.
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    if error.errno == errno.EPIPE:
+        return SystemExit(READER_GONE)
+    return Failure(
+        f"stdout cannot be written: {error.strerror or error}; what was asked for may have been done"
+    )
