@@ -302,11 +302,3 @@ def test_queues_that_do_not_go_on(dsn: str, db: Connection, triojobs_: Command) 
     assert [each["level"] for each in found] == ["warning", "note"]
     assert "2 due job(s) in queue 'mail', which no living worker group serves" in found[0]["text"]
     assert found[1]["remedy"] == "`triojobs queues resume mail`"
-
-
-def test_a_standby_refuses_writes_and_says_so() -> None:
-    from triojobs._diagnosis import Level, ServerFacts, server
-
-    facts = ServerFacts(130000, "13.0", pooled=False, is_standby=True, autovacuum=True, track_counts=True)
-    levels = [(each.level, each.subject) for each in server(facts, declared_pooled=False)]
-    assert levels == [(Level.BROKEN, "server"), (Level.BROKEN, "server")]

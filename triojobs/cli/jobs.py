@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -76,13 +77,15 @@ def list_jobs(
     found = 0
     following = after
     with target.admin() as admin:
-        for items, following in _pages(admin, wanted, limit, after, newest_first=not oldest_first):  # noqa: B007
+        for items, following in _pages(admin, wanted, limit, after, newest_first=not oldest_first):
             found += len(items)
             if as_json:
                 for item in items:
                     print_json(item)
             elif items:
                 printer.print(_line(item) for item in items)
+            if not items and following is not None and sys.stderr.isatty():
+                note(f"searching, at job {following}")
         if found == 0 and after is None and wanted.queue is not None:
             insist_on_queue(admin, wanted.queue)
     if found == 0 and not as_json:
