@@ -80,9 +80,21 @@ def test_a_table_has_a_line_for_each_job(triojobs_: Command, db: Connection, gro
     assert line.endswith("welcome:42  ValueError: no")
 
 
-def test_control_characters_of_a_job_do_not_reach_the_terminal(triojobs_: Command, db: Connection) -> None:
-    put_one(db, key="\x1b[2Jgone\r")
-    assert "\x1b" not in triojobs_.ok("jobs", "list")
+def test_control_characters_of_a_job_do_not_reach_the_terminal(
+    triojobs_: Command, db: Connection, group: Group
+) -> None:
+    job = put_one(db, queue="\x1b[2Jq", key="\x1b[2Jgone\r")
+    group.settle(db, group.claim_one(db, queue="\x1b[2Jq"), Outcome.FAILED, error="a\x1b[2Jb\rc", delay=0.0)
+    commands = [
+        ["jobs", "list"],
+        ["jobs", "show", str(job)],
+        ["jobs", "explain", str(job)],
+        ["queues", "list"],
+    ]
+    for command in [*commands, ["stats"], ["stats", "--watch", "--count", "1"], ["doctor"]]:
+        text = triojobs_.ok(*command)
+        assert "\x1b" not in text, command
+        assert "\r" not in text, command
 
 
 def test_an_unknown_queue_is_told_with_the_name_that_was_meant(triojobs_: Command, db: Connection) -> None:

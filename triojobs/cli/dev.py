@@ -28,10 +28,10 @@ class Interrupted(Exception):
 @click.option("--data", metavar="DIR", help="Keep the database here; else it is gone at the end.")
 @schema_option
 def dev(group: Group, data: str | None, schema: str) -> None:
-    """Run workers on an embedded PostgreSQL: nothing has to be installed or set up.
+    """Run workers on an embedded PostgreSQL.
 
-    Prints the line that another terminal needs to enqueue and look. Ctrl-C stops everything; with --data the
-    next one goes on with the same jobs.
+    Nothing has to be installed or set up. Prints the line that another terminal needs to enqueue and look.
+    Ctrl-C stops everything; with --data the next one goes on with the same jobs.
 
     Exit codes: as `triojobs worker`; 130 and 143 when it was interrupted before the workers ran.
     """

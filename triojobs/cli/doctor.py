@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import Target, json_option, target_options
-from .output import colour_of, console, print_json
+from .output import colour_of, console, one_line, print_json
 from .values import DURATION
 
 if TYPE_CHECKING:
@@ -121,13 +121,13 @@ def _print(finding: Finding) -> None:
     terminal = console()
     if terminal is None:
         remedy = f"; {finding.remedy}" if finding.remedy else ""
-        click.echo(f"{head}{' '.join(finding.text.split())}{remedy}")
+        click.echo(f"{head}{one_line(finding.text)}{one_line(remedy)}")
         return
     from rich.text import Text
 
     indent = " " * len(head)
     width = max(40, terminal.width)
-    lines = textwrap.wrap(finding.text, width, initial_indent=head, subsequent_indent=indent)
+    lines = textwrap.wrap(one_line(finding.text), width, initial_indent=head, subsequent_indent=indent)
     text = Text("\n".join(lines))
     text.stylize(colour_of(finding.level), 0, len(finding.level))
     terminal.print(text, soft_wrap=True)

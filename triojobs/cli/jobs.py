@@ -11,7 +11,18 @@ import click
 from .filters import filter_options, insist_on_queue
 from .jobs_steering import cancel, delete, edit, reschedule, retry
 from .options import Target, json_option, target_options
-from .output import Column, Printer, note, plain, print_json, say, shown_id, shown_seconds, shown_time
+from .output import (
+    Column,
+    Printer,
+    note,
+    one_line,
+    plain,
+    print_json,
+    say,
+    shown_id,
+    shown_seconds,
+    shown_time,
+)
 from .values import JOB_ID
 
 if TYPE_CHECKING:
@@ -141,7 +152,8 @@ def show(target: Target, job_id: int, as_json: bool) -> None:
         print_json({**plain(details.info), "history": history})
         return
     for name, value in _facts(details):
-        click.echo(f"{name:>12}  {value}")
+        first, *more = [one_line(line) for line in value.split("\n")]
+        click.echo("\n".join([f"{name:>12}  {first}", *(" " * 14 + line for line in more)]))
     if details.history:
         click.echo()
         Printer(HISTORY).print(
@@ -181,7 +193,7 @@ def _facts(details: JobDetails[Any]) -> Iterator[tuple[str, str]]:
     if info.result is not None:
         yield "result", _json(info.result)
     if info.error is not None:
-        yield "error", info.error.strip().replace("\n", "\n" + " " * 14)
+        yield "error", info.error.strip()
 
 
 def _json(value: object) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "colour_of",
     "console",
     "note",
+    "one_line",
     "plain",
     "print_json",
     "say",
@@ -128,7 +129,7 @@ class Printer:
 
     def print(self, rows: Iterable[Sequence[str]]) -> None:
         """Print one page; the head comes with the first. Later pages are at least as wide as it."""
-        lines = [[_one_line(cell) for cell in row] for row in rows]
+        lines = [[one_line(cell) for cell in row] for row in rows]
         head = not self._widths
         if self._console is not None:
             self._widths = self._widths or [0]
@@ -152,6 +153,7 @@ def table_lines(
     from rich.text import Text
 
     names = [column.name for column in columns]
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = _widths([names, *rows], cell_len)
     over = sum(widths) + len(GAP) * (len(widths) - 1) - room
     while over > 0:
@@ -180,16 +182,17 @@ def _widths(rows: Sequence[Sequence[str]], length: Callable[[str], int]) -> list
 
 def say(text: str) -> None:
     """Print a sentence; a terminal gets it broken between words."""
+    text = one_line(text)
     if not sys.stdout.isatty():
         click.echo(text)
         return
     width = shutil.get_terminal_size().columns
-    click.echo("\n".join(textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)))
+    click.echo("\n".join(textwrap.wrap(text, width, break_on_hyphens=False)))
 
 
-def _one_line(cell: str) -> str:
-    # What users wrote goes to a terminal: neither line breaks nor control characters.
-    return "".join(c if c.isprintable() else " " for c in cell)
+def one_line(text: str) -> str:
+    """Return what a program wrote as it may go to a terminal: without line breaks and control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def shown_time(at: dt.datetime | None) -> str:

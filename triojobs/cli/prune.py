@@ -23,8 +23,9 @@ __all__ = ["prune"]
 @yes_option
 @json_option
 def prune(target: Target, keep: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Remove ended jobs that are older than --keep says, their keys, and closed worker groups.
+    """Remove ended jobs that are old enough.
 
+    Jobs that ended before --keep says, their keys, and worker groups that closed long ago.
     Worker groups do it by themselves, each hour, with the retention that they were opened with. Jobs go in
     ranges of a million ids where that is possible, else one by one; workers go on meanwhile.
     """

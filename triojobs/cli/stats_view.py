@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
-from .output import Column, Printer, console, say, shown_seconds, table_lines
+from .output import Column, Printer, console, one_line, say, shown_seconds, table_lines
 from .queues import state_of
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class LineView:
         click.echo(f"{now} groups={alive} " + " ".join(_words(snapshot)))
         for queue in snapshot.queues:
             click.echo(
-                f"{now} queue={queue.name} ready={queue.ready} later={queue.scheduled} running={queue.running} "
+                f"{now} queue={one_line(queue.name)} ready={queue.ready} later={queue.scheduled} running={queue.running} "
                 f"retry={queue.failed} oldest={shown_seconds(queue.oldest_due_age)} rate={queue.throughput:.1f}/s "
                 f"wait95={_quantiles(queue.wait, wide=False)[0]} took95={_quantiles(queue.run, wide=False)[0]} "
                 f"state={state_of(queue)}"

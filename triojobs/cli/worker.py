@@ -107,7 +107,7 @@ def group_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @target_options
 @click.option("--listen-dsn", metavar="CONNINFO", help="A direct one for LISTEN when --dsn is pooled.")
 def worker(target: Target, group: Group, listen_dsn: str | None) -> None:
-    """Run the workers that an attribute of a module names, until SIGTERM or SIGINT.
+    """Run workers of a module until SIGTERM or SIGINT.
 
     The attribute is a triojobs.Worker, a list of them, or a function without arguments that gives these: plain,
     async, or an async context manager. The current directory is importable.
