@@ -148,12 +148,7 @@ class LineView:
         alive = sum(group.state == "alive" for group in snapshot.groups)
         click.echo(f"{now} groups={alive} " + " ".join(_words(snapshot)))
         for queue in snapshot.queues:
-            click.echo(
-                f"{now} queue={one_line(queue.name)} ready={queue.ready} later={queue.scheduled} running={queue.running} "
-                f"retry={queue.failed} oldest={shown_seconds(queue.oldest_due_age)} rate={queue.throughput:.1f}/s "
-                f"wait95={_quantiles(queue.wait, wide=False)[0]} took95={_quantiles(queue.run, wide=False)[0]} "
-                f"state={state_of(queue)}"
-            )
+            click.echo(f"{now} " + " ".join(f"{word}={value}" for word, value in _queue_words(queue)))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -164,6 +159,19 @@ def _words(snapshot: Snapshot) -> Iterable[str]:
     for word, name in names:
         if name in snapshot.figures:
             yield f"{word}={snapshot.figures[name].value}"
+
+
+def _queue_words(queue: QueueInfo) -> Iterable[tuple[str, str | int]]:
+    yield "queue", one_line(queue.name)
+    yield "ready", queue.ready
+    yield "later", queue.scheduled
+    yield "running", queue.running
+    yield "retry", queue.failed
+    yield "oldest", shown_seconds(queue.oldest_due_age)
+    yield "rate", f"{queue.throughput:.1f}/s"
+    yield "wait95", _quantiles(queue.wait, wide=False)[0]
+    yield "took95", _quantiles(queue.run, wide=False)[0]
+    yield "state", state_of(queue)
 
 
 class LiveView:
