@@ -146,6 +146,18 @@ def test_running_jobs_are_found_among_the_leases(grown: Grown) -> None:
     assert rows_read(plan, *LARGE) < 200
 
 
+@pytest.mark.parametrize("hours", [1, 12.7])
+def test_jobs_that_ended_lately_are_not_sought_among_all_that_ended(grown: Grown, hours: float) -> None:
+    which = JobFilter(finished_since=dt.datetime.now(dt.UTC) - dt.timedelta(hours=hours))
+    for plan in grown.plans(selecting.time_bounds, which):
+        assert plan.pages < 1500
+        assert rows_read(plan, *LARGE) <= selecting.LATELY + 50_000  # a range of blocks holds others, too
+        assert not plan.walked & LARGE
+    page = grown.page(which)
+    assert page.root["Actual Rows"] == (0 if hours == 1 else 50)
+    assert page.pages < 4000
+
+
 def test_given_ids_are_looked_up_one_by_one(grown: Grown) -> None:
     plan = grown.page(JobFilter(ids=[7, 8, 1_999_999, 4_000_000]))
     assert plan.root["Actual Rows"] == 2

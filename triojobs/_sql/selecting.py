@@ -23,6 +23,8 @@ __all__ = ["ALIVE", "EVERY", "WAITING", "Bounds", "Search", "Slice", "find", "pr
 
 CHEAP_SLICE: Final = 50_000  # candidates that need no look elsewhere: 10 to 25 ms
 SLICE: Final = 10_000  # candidates that are looked up in other tables, five for a status: 20 to 60 ms
+LATELY: Final = 10_000  # outcomes that are looked at for what ended since a time: 5 ms
+OVERLAP: Final = 600.0  # seconds by which the server's clock may have been set back meanwhile
 RESERVED_AHEAD: Final = 3600.0  # seconds between `new_job_id` and its enqueue that a filter by time allows
 LAST_ID: Final = 2**63 - 1
 
@@ -145,6 +147,15 @@ LAST_GIVEN: Final = "SELECT last_value FROM {schema}.job_ids"
 TIME_BOUNDS: Final = """
 SELECT {schema}.first_id_since(%(since)s::timestamptz - %(room)s::float8 * interval '1 second'),
        {schema}.first_id_since(%(until)s::timestamptz + %(room)s::float8 * interval '1 second')
+"""
+
+# Between which ids is what ended since, if the last outcomes reach so far back; no row if they do not. An
+# outcome gets its number and its time when it is written, so later numbers have later times.
+ENDED_SINCE: Final = """
+SELECT coalesce(min(o.job_id) FILTER (WHERE o.finished_at >= %(since)s), 0),
+       coalesce(max(o.job_id) FILTER (WHERE o.finished_at >= %(since)s), 0)
+FROM {schema}.outcomes o WHERE o.no > (SELECT n.last_value - %(most)s FROM {schema}.outcome_nos n)
+HAVING min(o.finished_at) < %(since)s::timestamptz - %(overlap)s::float8 * interval '1 second'
 """
 
 
@@ -307,17 +318,23 @@ def present(conn: psycopg.Connection[Any], schema: str, which: JobFilter) -> Bou
 
 def time_bounds(conn: psycopg.Connection[Any], schema: str, which: JobFilter) -> Bounds:
     """Return between which ids jobs of the filter's times can be; no query when it names none."""
+    bounds = Bounds()
     # Nothing ends before it was enqueued.
     until = min((t for t in (which.enqueued_until, which.finished_until) if t is not None), default=None)
-    if which.enqueued_since is None and until is None:
-        return Bounds()
-    parameters = {"since": which.enqueued_since, "until": until, "room": RESERVED_AHEAD}
-    row = plain_cursor(conn).execute(statement(TIME_BOUNDS, schema), parameters).fetchone()
-    assert row is not None
-    low, high = row
-    return Bounds(
-        -LAST_ID if which.enqueued_since is None else int(low), LAST_ID if until is None else int(high)
-    )
+    if which.enqueued_since is not None or until is not None:
+        parameters = {"since": which.enqueued_since, "until": until, "room": RESERVED_AHEAD}
+        row = plain_cursor(conn).execute(statement(TIME_BOUNDS, schema), parameters).fetchone()
+        assert row is not None
+        bounds = Bounds(
+            -LAST_ID if which.enqueued_since is None else int(row[0]),
+            LAST_ID if until is None else int(row[1]),
+        )
+    if which.finished_since is not None:
+        lately = {"since": which.finished_since, "most": LATELY, "overlap": OVERLAP}
+        row = plain_cursor(conn).execute(statement(ENDED_SINCE, schema), lately).fetchone()
+        if row is not None:
+            bounds = Bounds(max(bounds.low, int(row[0])), min(bounds.high, int(row[1]) + 1))
+    return bounds
 
 
 def find(conn: psycopg.Connection[Any], schema: str, search: Search, bounds: Bounds, *, limit: int) -> Slice:
