@@ -156,3 +156,22 @@ async def test_what_no_list_can_mean_is_refused(face: Face, field: str, value: A
     with pytest.raises(triojobs.OptionError) as caught:
         await face("jobs", **{field: value})
     assert caught.value.field == field
+
+
+def test_what_ended_lately_is_found_however_old_its_job_is(
+    admin: triojobs.SyncAdmin, db: Connection, group: Group
+) -> None:
+    jobs = put(db, 5)
+    group.settle(db, group.claim(db), Outcome.DONE)
+    db.execute("UPDATE triojobs.outcomes SET finished_at = finished_at - interval '2 days'")
+    since = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
+    assert admin.jobs(JobFilter(finished_since=since)).items == ()
+    for job in (jobs[1], jobs[3]):
+        admin.retry(job)
+    group.settle(db, group.claim(db), Outcome.DONE)
+    waiting = put(db, 2)
+    for newest_first in (True, False):
+        found = [job.id for job in admin.jobs(JobFilter(finished_since=since), newest_first=newest_first).items]
+        assert found == sorted([jobs[1], jobs[3]], reverse=newest_first)
+    ended_before = JobFilter(finished_until=since, finished_since=since - dt.timedelta(days=9))
+    assert {job.id for job in admin.jobs(ended_before).items} == {*jobs} - {jobs[1], jobs[3], *waiting}
