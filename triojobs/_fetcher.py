@@ -20,6 +20,7 @@ import trio
 from ._backoff import reconnect_delay
 from ._demand import Demand
 from ._errors import DatabaseError, SchemaError
+from ._events import GroupIdle
 from ._handling import Slots
 from ._logs import Log
 from ._model import Claim
@@ -52,6 +53,7 @@ class Fetcher:
         self._promote_at = -math.inf
         self._due_at = math.inf
         self._failures = 0
+        self._idle = False
 
     def slots_ready(self) -> None:
         """Take the slots' sizes, once they stand (they need our wake-up, we need them)."""
@@ -118,7 +120,10 @@ class Fetcher:
         # No await from here to the hand-over, and none needed: the ledger has owned the rows since
         # their commit.
         if not self._live.fetch_scope.cancel_called:
-            self._lay_in(self._live.ledger.take_booked(), sent)
+            claims = self._live.ledger.take_booked()
+            self._live.feed.claimed(claims)
+            self._idle = self._idle and not claims
+            self._lay_in(claims, sent)
         await self._draw_conclusions(wants, reply)
 
     def _lay_in(self, claims: Sequence[Claim], sent: float) -> None:
@@ -149,8 +154,16 @@ class Fetcher:
             self._wake_slots()
             if any(free.values()):
                 again_at = min(again_at, self._poll_at, self._due_at)
+            self._tell_idle()
             # Without a free slot nothing can be claimed: a slot's end wakes us.
             await self.wake.wait_until(again_at)
+
+    def _tell_idle(self) -> None:
+        """Say that nothing is in hand and nothing is due, once."""
+        idle = not self._live.ledger.held
+        if idle and not self._idle:
+            self._live.feed.send(GroupIdle(self._live.group_id))
+        self._idle = idle
 
     def _look_everywhere(self) -> None:
         now = trio.current_time()

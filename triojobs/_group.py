@@ -38,6 +38,7 @@ from ._backoff import reconnect_delay
 from ._client import IN_TRIO, Client, async_side, entered_twice, on_loop, wrong_side
 from ._comparison import compare_when_in_doubt
 from ._errors import DatabaseError, LeaseLostError, OptionError, SchemaError, TriojobsError, sole_error
+from ._events import EventFeed, GroupEvent, GroupStarted, GroupStopped
 from ._fetcher import Fetcher
 from ._flusher import Flusher
 from ._handling import Slots
@@ -54,7 +55,7 @@ from ._model import (
     Settled,
     ShutdownReport,
 )
-from ._options import GroupOptions
+from ._options import GroupOptions, checked_count
 from ._queue import Worker
 from ._registration import LiveRegistration
 from ._settler import Settler
@@ -94,6 +95,7 @@ class WorkerGroup:
         self._abandoned: list[int] = []
         self._unknown_claims = 0
         self._stopping_since = math.inf
+        self._feed = EventFeed()
         self._nursery: trio.Nursery
 
     # For users.
@@ -172,6 +174,24 @@ class WorkerGroup:
             await trio.sleep(pause)
             pause = min(IDLE_LAST, pause * 1.5) if not self._held() else IDLE_FIRST
 
+    def events(self, *, buffer: int = 1000) -> trio.MemoryReceiveChannel[GroupEvent]:
+        """Return a channel of what happens in this group from now on: `async for event in group.events(): …`.
+
+        The first event is `GroupStarted`, for the present registration; the last is `GroupStopped`, after
+        which the channel ends. The group never waits for a reader: what finds its buffer full is dropped
+        and counted in `statistics().events_dropped`. Close the channel to stop reading early. Any number
+        of readers may be open, each with all events; a group that nobody reads spends nothing on them.
+
+        Args:
+            buffer: events that wait for this reader at most (1 to 1,000,000).
+        """
+        if not on_loop():
+            raise wrong_side("events", "call it from a Trio task")
+        receiver = self._feed.open(checked_count("buffer", buffer, most=1_000_000) + 1)
+        if self._registrations and not self._stopped.is_set():
+            self._feed.send_to_last(GroupStarted(self.group_id, again=len(self._registrations) > 1))
+        return receiver
+
     def statistics(self) -> GroupStatistics:
         """Return a snapshot; no I/O."""
         slots = [s for per_queue in self._slots.values() for s in per_queue.values()]
@@ -190,6 +210,7 @@ class WorkerGroup:
             lease_until=-math.inf if live is None or live.closed else live.lease.until,
             registrations=len(self._registrations),
             loop_blocked=sum(r.beacon.blocks for r in self._registrations),
+            events_dropped=self._feed.dropped,
         )
 
     def __repr__(self) -> str:
@@ -221,6 +242,7 @@ class WorkerGroup:
             lease,
             loop_dead_after=self._options.loop_death,
             hard_stop=self._options.hard_stop,
+            feed=self._feed,
         )
         # Appended before the call: if its reply is lost, the closing closes this one too.
         self._registrations.append(live)
@@ -241,7 +263,12 @@ class WorkerGroup:
         fetcher = Fetcher(live, self._store, slots, self._options)
         for worker in self._workers:
             slots[worker.queue.name] = Slots(
-                worker, live, self._store, busy_ids=self._busy_ids, on_free=fetcher.wake.set
+                worker,
+                live,
+                self._store,
+                busy_ids=self._busy_ids,
+                on_free=fetcher.wake.set,
+                middleware=self._options.middleware,
             )
         fetcher.slots_ready()
         self._slots[live] = slots
@@ -351,6 +378,7 @@ class WorkerGroup:
                     old.group_id,
                     extra={"event": "registered_again", "group_id": str(live.group_id)},
                 )
+                self._feed.send(GroupStarted(live.group_id, again=True))
                 self._begin(live)
                 return True
         return False
@@ -375,6 +403,8 @@ class WorkerGroup:
                 live.settle_scope.cancel()
             duration = max(0.0, trio.current_time() - self._stopping_since)
             self._report = replace(self._as_it_stands(), duration=duration)
+            self._feed.send(GroupStopped(self.group_id, self._report))
+            self._feed.close()
             self._stopped.set()
 
     async def _wait_for_children(self) -> None:
@@ -419,7 +449,11 @@ class WorkerGroup:
         while live.ledger.unsettled:
             await settler.flush(deadline=deadline)
 
+        claims = live.ledger.claims() if self._feed.is_read else {}
+        ended: list[Settled] = []
+
         def written(rows: Sequence[Settled]) -> None:
+            ended.extend(rows)
             stale = live.ledger.forget_all(rows)
             if stale:
                 log.warning(
@@ -438,6 +472,7 @@ class WorkerGroup:
             raise
         live.closed = True
         live.unknown_claim = False
+        self._feed.ended(claims, ended)
 
     async def _end_beats(self, live: LiveRegistration) -> None:
         """End the beat thread; from here on a beat without a row is no news."""

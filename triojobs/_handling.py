@@ -27,6 +27,7 @@ from ._errors import CodecError, StaleClaimError
 from ._job import Job
 from ._lifecycle import outcome_of_failure
 from ._logs import Log
+from ._middleware import Middleware, wrapped
 from ._model import CancelRequest, Claim, Outcome, Settlement
 from ._queue import Worker
 from ._registration import LiveRegistration
@@ -73,7 +74,7 @@ class Slots:
 
     Args:
         live: the registration. store: for `Job.commit`. busy_ids: the jobs whose handlers run in this
-            group, over all registrations. on_free: called when a slot becomes free.
+            group, over all registrations. on_free: called when a slot becomes free. middleware: the group's.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Slots:
         *,
         busy_ids: set[int],
         on_free: Callable[[], None],
+        middleware: Sequence[Middleware] = (),
     ) -> None:
         self.worker = worker
         self.running: dict[int, Running] = {}
@@ -99,7 +101,9 @@ class Slots:
         self._withdrawn = False
         self._yielded_at = 0.0
         self._clean = contextvars.copy_context()
-        self._call_handler = _with_keyboard_interrupt(worker.handler)
+        self._call_handler = _with_keyboard_interrupt(
+            wrapped(worker.handler, [*middleware, *worker.middleware])
+        )
 
     @property
     def free(self) -> int:
@@ -335,6 +339,10 @@ class Slots:
         running = self.running.get(claim.job_id)
         return running.cancel_reason if running is not None and running.claim is claim else None
 
+    def _committed(self, claim: Claim) -> None:
+        self._ledger.committed(claim)
+        self._live.feed.committed_soon(claim)
+
     @trio.lowlevel.enable_ki_protection  # it runs inside the handler, where Ctrl-C may strike
     async def commit_work(self, claim: Claim, work: Callable[[Any], T], *, completing: bool) -> T:
         operation = "committing" if completing else "transacting"
@@ -347,7 +355,7 @@ class Slots:
             return queue.encode_result(value), queue.codec.name
 
         return await self._store.commit_work(
-            claim, work, encode if completing else None, lambda: self._ledger.committed(claim)
+            claim, work, encode if completing else None, lambda: self._committed(claim)
         )
 
 

@@ -133,6 +133,11 @@ class Ledger:
         """How many claims are owned in all."""
         return len(self._claims)
 
+    def claims(self) -> dict[int, Claim]:
+        """Return all owned claims by their jobs' ids."""
+        with self._lock:
+            return dict(self._claims)
+
     def held_ids(self) -> list[int]:
         """Return the ids of all owned jobs."""
         with self._lock:

@@ -321,6 +321,7 @@ class GroupStatistics:
         registrations: how often the group registered (1 unless its lease was lost).
         loop_blocked: how often something blocked the event loop for about a second or longer while
             jobs were in hand; the log says where.
+        events_dropped: events that readers of `events` had no room for.
     """
 
     running: int
@@ -334,3 +335,4 @@ class GroupStatistics:
     lease_until: float
     registrations: int
     loop_blocked: int
+    events_dropped: int = 0

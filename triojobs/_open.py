@@ -12,6 +12,7 @@ from ._client import Client, entered_twice
 from ._errors import checked_seconds
 from ._flusher import Flusher
 from ._group import GroupContext, checked_workers, default_name, with_workers
+from ._middleware import Middleware, checked_middleware
 from ._model import HardStop
 from ._options import DEFAULT_SCHEMA, GroupOptions, checked_conninfo, checked_schema
 from ._postgres import PostgresStore
@@ -49,6 +50,7 @@ class GroupKeywords(TypedDict, total=False):
     concurrency: int | None
     isolation: Literal["slot", "task"]
     retention: Retention | None
+    middleware: Sequence[Middleware]
 
 
 def open_worker_group(
@@ -77,6 +79,7 @@ def open_worker_group(
     concurrency: int | None = None,
     isolation: Literal["slot", "task"] = "slot",
     retention: Retention | None = DEFAULT_RETENTION,
+    middleware: Sequence[Middleware] = (),
 ) -> GroupContext:
     """Open a worker group as a scope: `async with open_worker_group(conninfo, workers) as group: …`.
 
@@ -120,6 +123,7 @@ def open_worker_group(
         concurrency=concurrency,
         isolation=isolation,
         retention=checked_retention(retention),
+        middleware=checked_middleware(middleware),
     )
     checked_conninfo("conninfo", conninfo)
     options = with_workers(options, checked_workers(workers))

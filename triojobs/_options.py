@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ._errors import OptionError, checked_seconds
+from ._middleware import Middleware
 from ._model import HardStop
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class GroupOptions:
         concurrency: cap of the sum of the workers' slots, shared fairly; None: no cap.
         retention: how long ended jobs are kept, see `Retention`; None: this group does not prune. Whole
             ranges are dropped by a role that owns the tables; without it jobs are deleted one by one.
+        middleware: runs around every handler, the first one outermost; see `Middleware`.
         isolation: "slot" runs a worker's jobs one after another in N tasks (fast);
             "task" starts a task for each job.
     """
@@ -174,6 +176,7 @@ class GroupOptions:
     concurrency: int | None = None
     isolation: Literal["slot", "task"] = "slot"
     retention: Retention | None = None
+    middleware: tuple[Middleware, ...] = ()
 
     def __post_init__(self) -> None:
         checked_name("name", self.name)

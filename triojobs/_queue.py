@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeAlias, TypedDict, TypeVar, overload
 
 from ._backoff import Backoff
 from ._codec import CBOR, CborCodec, Codec, EncodeError, JsonCodec, check_type, decode, encode
 from ._errors import OptionError, checked_seconds
+from ._middleware import Middleware, checked_middleware
 from ._model import KeyUntil, NewRow, OnConflict
 from ._options import (
     KEY_LIMIT,
@@ -240,12 +241,14 @@ class Worker(Generic[PayloadT_co, ResultT_co]):
         concurrency: handlers at once in this process (1 to 100,000).
         timeout: seconds that one attempt may take; None: no limit. A job's own timeout wins.
         retry: delays between attempts.
+        middleware: runs around the handler, the first one outermost, inside of the group's; see
+            `Middleware`.
 
     Raises:
         OptionError: a value is out of its range, or the handler cannot be one.
     """
 
-    __slots__ = ("concurrency", "handler", "queue", "retry", "timeout")
+    __slots__ = ("concurrency", "handler", "middleware", "queue", "retry", "timeout")
 
     def __init__(
         self,
@@ -255,6 +258,7 @@ class Worker(Generic[PayloadT_co, ResultT_co]):
         concurrency: int = DEFAULT_CONCURRENCY,
         timeout: float | None = None,
         retry: Backoff = Backoff(),  # noqa: B008 - frozen
+        middleware: Sequence[Middleware] = (),
     ) -> None:
         if not isinstance(queue, Queue):
             raise OptionError("queue", queue, "a triojobs.Queue")
@@ -273,6 +277,7 @@ class Worker(Generic[PayloadT_co, ResultT_co]):
             None if timeout is None else checked_seconds("timeout", timeout, positive=True)
         )
         self.retry: Backoff = retry
+        self.middleware: tuple[Middleware, ...] = checked_middleware(middleware)
 
     def __repr__(self) -> str:
         return f"Worker({self.queue.name!r}, concurrency={self.concurrency})"

@@ -16,6 +16,7 @@ import trio
 from trio_util import AsyncBool, AsyncValue
 
 from ._beacon import Beacon
+from ._events import EventFeed, LeaseLost
 from ._lease import Lease
 from ._ledger import Ledger
 from ._logs import Log
@@ -49,8 +50,10 @@ class LiveRegistration:
         *,
         loop_dead_after: float = math.inf,
         hard_stop: Callable[[HardStop], object] | None = None,
+        feed: EventFeed | None = None,
     ) -> None:
         self.record = record
+        self.feed = EventFeed() if feed is None else feed
         self.lease = lease
         self.lit = Wake()
         self.beacon = Beacon(dead_after=loop_dead_after, on_lit=self._wake_loop)
@@ -152,6 +155,8 @@ class LiveRegistration:
         """The lease cannot be proven any more: claim nothing, cancel handlers, register anew."""
         self.fetch_scope.cancel(reason=reason)
         self.interrupt_handlers(reason)
+        if not self.lost.value:
+            self.feed.send(LeaseLost(self.group_id, reason))
         self.lost.value = True
 
     def doubt(self) -> None:

@@ -90,7 +90,12 @@ class Settler:
             await self._write([bare], deadline)
 
     async def _write(self, batch: Sequence[Settlement], deadline: float | None) -> None:
+        feed = self._live.feed
+        claims = self._live.ledger.claims() if feed.is_read else {}
+        ended: list[Settled] = []
+
         def written(rows: Sequence[Settled]) -> None:
+            ended.extend(rows)
             stale = self._live.ledger.close_out(batch, [*rows, *self._answered_before(batch, rows)])
             if stale:
                 log.warning(
@@ -105,6 +110,7 @@ class Settler:
             if exc.committed is None:
                 self._live.unanswered.update((s.job_id, s.claim_no) for s in batch)
             raise
+        feed.ended(claims, ended)
         if self._live.unanswered:
             self._live.unanswered.difference_update((s.job_id, s.claim_no) for s in batch)
 

@@ -43,6 +43,7 @@ from ._job import Job
 from ._memory import MemoryDatabase as MemoryDatabase
 from ._memory import MemoryStore as MemoryStore
 from ._memory import MemoryTransaction as MemoryTransaction
+from ._middleware import wrapped
 from ._model import JobInfo, NewRow, Outcome, ShutdownReport
 from ._open import ClientContext, GroupKeywords, open_worker_group
 from ._options import GroupOptions, checked_count
@@ -233,6 +234,7 @@ class Once(Generic[PayloadT, ResultT]):
             worker.queue, self._handle, concurrency=1, timeout=worker.timeout, retry=worker.retry
         )
         self._original = worker
+        self._call_handler = wrapped(worker.handler, worker.middleware)
         self._database = database
         self._exception: BaseException | None = None
         self._job_id = database.make_up(row, attempt=attempt, last_error=last_error)
@@ -244,7 +246,8 @@ class Once(Generic[PayloadT, ResultT]):
         if job.id != self._job_id or self.ended.is_set():
             await trio.sleep_forever()  # the next attempt, or a follow-up in the same queue: not asked for
         try:
-            return await self._original.handler(job)
+            result: ResultT = await self._call_handler(job)
+            return result
         except BaseException as exc:
             self._exception = exc
             raise
