@@ -171,7 +171,9 @@ def test_what_ended_lately_is_found_however_old_its_job_is(
     group.settle(db, group.claim(db), Outcome.DONE)
     waiting = put(db, 2)
     for newest_first in (True, False):
-        found = [job.id for job in admin.jobs(JobFilter(finished_since=since), newest_first=newest_first).items]
+        found = [
+            job.id for job in admin.jobs(JobFilter(finished_since=since), newest_first=newest_first).items
+        ]
         assert found == sorted([jobs[1], jobs[3]], reverse=newest_first)
     ended_before = JobFilter(finished_until=since, finished_since=since - dt.timedelta(days=9))
     assert {job.id for job in admin.jobs(ended_before).items} == {*jobs} - {jobs[1], jobs[3], *waiting}
