@@ -54,7 +54,7 @@ def the(dsn: str, subject: str, *arguments: str, code: int = 0) -> dict[str, Any
 
 
 @contextmanager
-def role(cluster: str, dsn: str, *statements: str) -> Iterator[str]:
+def role(dsn: str, *statements: str) -> Iterator[str]:
     """A role of its own, as the statements make it; yields a conninfo for it."""
     name = f"triojobs_test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(dsn, autocommit=True) as conn:
@@ -127,15 +127,15 @@ def test_a_schema_that_is_too_new(dsn: str, db: Connection) -> None:
         db.execute("DELETE FROM triojobs.migrations WHERE name = '9999_x.sql'")
 
 
-def test_a_role_whose_transactions_are_read_only(cluster: str, dsn: str) -> None:
-    with role(cluster, dsn, *ALL, "ALTER ROLE {} SET default_transaction_read_only = on") as conninfo:
+def test_a_role_whose_transactions_are_read_only(dsn: str) -> None:
+    with role(dsn, *ALL, "ALTER ROLE {} SET default_transaction_read_only = on") as conninfo:
         found = the(conninfo, "role", code=1)
     assert (found["level"], "read-only by default" in found["text"]) == ("broken", True)
 
 
-def test_a_role_with_another_isolation(cluster: str, dsn: str) -> None:
+def test_a_role_with_another_isolation(dsn: str) -> None:
     change = "ALTER ROLE {} SET default_transaction_isolation = 'repeatable read'"
-    with role(cluster, dsn, *ALL, change) as conninfo:
+    with role(dsn, *ALL, change) as conninfo:
         found = the(conninfo, "role")
     assert (found["level"], "REPEATABLE READ" in found["text"]) == ("warning", True)
 
@@ -149,16 +149,16 @@ def test_a_role_with_another_isolation(cluster: str, dsn: str) -> None:
         ((*ALL[:2],), "USAGE on job_ids"),
     ],
 )
-def test_a_role_that_lacks_a_right(cluster: str, dsn: str, statements: tuple[str, ...], lacks: str) -> None:
-    with role(cluster, dsn, *statements) as conninfo:
+def test_a_role_that_lacks_a_right(dsn: str, statements: tuple[str, ...], lacks: str) -> None:
+    with role(dsn, *statements) as conninfo:
         found = [each for each in findings(conninfo, code=1) if each["subject"] == "rights"]
     assert found[0]["level"] == "broken"
     assert lacks in found[0]["text"]
     assert "GRANT" in found[0]["remedy"]
 
 
-def test_a_role_that_does_not_own_the_tables_and_does_not_see_the_sessions(cluster: str, dsn: str) -> None:
-    with role(cluster, dsn, *ALL) as conninfo:
+def test_a_role_that_does_not_own_the_tables_and_does_not_see_the_sessions(dsn: str) -> None:
+    with role(dsn, *ALL) as conninfo:
         found = [each for each in findings(conninfo) if each["subject"] == "rights"]
     assert [each["level"] for each in found] == ["note", "note"]
     assert "does not own the tables" in found[0]["text"]

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 from command import Command
-from tools import Connection, put
+from test_doctor_command import ALL, role
+from tools import Connection, put, read
 
 from triojobs.cli import COMMANDS, cli
 
@@ -122,6 +123,16 @@ def test_a_pooler_that_was_not_declared_is_told_with_the_option(dsn: str) -> Non
         assert "pass --pooled" in behind.refused("jobs", "list")
         assert behind.ok("enqueue", "q", "1", "--pooled").strip().isdecimal()
         assert len(behind.json("jobs", "list", "--pooled")) == 1
+
+
+def test_a_role_that_lacks_a_right_is_sent_to_the_doctor(dsn: str, db: Connection) -> None:
+    with role(dsn, *ALL, "REVOKE DELETE ON triojobs.ready FROM {}") as conninfo:
+        (job,) = put(db, 1)
+        line = Command(conninfo).refused("jobs", "cancel", str(job))
+    assert (
+        "permission denied for table ready; grant the role what it lacks; `triojobs doctor` names it" in line
+    )
+    assert read(db, job).status == "pending"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

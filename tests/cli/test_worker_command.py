@@ -18,6 +18,7 @@ from command import Command, running, wait_for_line
 from tools import Connection, read
 
 import triojobs
+from tests.tools.pooler import pgbouncer, program
 
 MODULE = """
 import contextlib
@@ -163,6 +164,21 @@ def test_what_is_no_module_and_attribute_is_wrong_usage(app: Path, attribute: st
     done = fails(app, "worker", attribute, dsn="host=/nowhere")
     assert done.returncode == 2
     assert "MODULE:ATTRIBUTE" in done.stderr
+
+
+@pytest.mark.skipif(program() is None, reason="there is no PgBouncer here")
+def test_a_worker_runs_behind_a_pooler(app: Path, dsn: str, triojobs_: Command) -> None:
+    with pgbouncer(dsn) as pooler:
+        options = ["--pooled", "--listen-dsn", dsn]
+        with running("worker", "app:workers", *options, dsn=pooler.conninfo, cwd=app) as process:
+            wait_for_line(process, "serves")
+            job = int(triojobs_.ok("enqueue", "mail", "{}"))
+            with triojobs.SyncClient(dsn) as client:
+                client.result(job, timeout=60.0)
+            process.terminate()
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "1 done; 0 given back" in err.splitlines()[-1]
 
 
 def test_a_server_that_is_not_there_is_one_line(app: Path, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ CONNECT_HINTS: Final = (
     (('role "',), False, "check the user of the conninfo, or create that role"),
     (('database "',), False, "check dbname of the conninfo, or create that database"),
 )
+MIGRATING: Final = "migrating"
 UNREACHABLE_HINT: Final = "check host and port of the conninfo, and that the server is running"
 
 
@@ -80,7 +81,7 @@ def translated(operation: str, *, doing: str = "", committed: bool | None = Fals
         raise DatabaseError(
             f"{doing}: {one_line(exc)}" if doing else one_line(exc),
             operation=operation,
-            hint=_hint(exc),
+            hint=_hint(exc, operation),
             sqlstate=exc.sqlstate,
             transient=_is_transient(exc),
             committed=committed if broken else False,
@@ -154,7 +155,7 @@ def translate(exc: psycopg.Error, *, operation: str) -> DatabaseError:
     return error(
         one_line(exc),
         operation=operation,
-        hint="run `triojobs migrate`" if error is SchemaError else _hint(exc),
+        hint="run `triojobs migrate`" if error is SchemaError else _hint(exc, operation),
         sqlstate=exc.sqlstate,
         transient=_is_transient(exc),
         committed=None if lost else False,
@@ -194,14 +195,16 @@ def _is_transient(exc: psycopg.Error) -> bool:
     return exc.sqlstate.startswith(TRANSIENT_SQLSTATES)
 
 
-def _hint(exc: psycopg.Error) -> str:
+def _hint(exc: psycopg.Error, operation: str) -> str:
     if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        if operation != MIGRATING:
+            return "grant the role what it lacks; `triojobs doctor` names it"
         return (
             "use a role with CREATE on the database, or let its owner run "
             "CREATE SCHEMA … AUTHORIZATION this role first"
         )
     if isinstance(exc, psycopg.errors.ReadOnlySqlTransaction):
-        return "connect to the primary server, not to a standby"
+        return "connect to the primary server, not to a standby, with a role that is not set to be read-only"
     if isinstance(exc, psycopg.errors.InFailedSqlTransaction):
         return "roll back first: an earlier statement of this transaction has failed"
     return UNREACHABLE_HINT if broke(exc) else ""

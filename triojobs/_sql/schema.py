@@ -31,7 +31,7 @@ from psycopg.rows import class_row, tuple_row
 
 from .._errors import DatabaseError, SchemaError, checked_seconds
 from .._options import DEFAULT_SCHEMA, checked_schema
-from .failures import connect, translated
+from .failures import MIGRATING, connect, translated
 from .migration_files import MigrationFile, read_files
 
 __all__ = ["CLIENT_GENERATION", "check_schema", "lock_key", "migrate", "pending_sql", "verify_schema"]
@@ -44,7 +44,6 @@ CLIENT_GENERATION: Final = 1
 # processes goes through it eight times in turn; each try costs one round trip. Chosen by feel.
 LOCK_POLL: Final = 0.05
 
-MIGRATING: Final = "migrating"
 VERIFYING: Final = "checking the schema"
 MIGRATE_HINT: Final = "run `triojobs migrate` or triojobs.migrate(conninfo)"
 UPGRADE_HINT: Final = "upgrade triojobs in this program"
