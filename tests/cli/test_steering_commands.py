@@ -8,6 +8,8 @@ import pytest
 from command import Command
 from tools import Connection, Group, count, place, put, put_one, read
 
+from triojobs import DatabaseError, SyncAdmin
+from triojobs._admin_store import SyncAdminStore
 from triojobs._model import Outcome
 
 
@@ -144,8 +146,6 @@ def test_an_interrupted_bulk_act_says_how_far_it_came(
     triojobs_: Command, db: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(db, 1200)
-    from triojobs import SyncAdmin
-
     real = SyncAdmin.cancel_many
 
     def interrupted(self: SyncAdmin, *arguments: Any, progress: Any, **options: Any) -> Any:
@@ -160,4 +160,24 @@ def test_an_interrupted_bulk_act_says_how_far_it_came(
     done = triojobs_("jobs", "cancel", "--queue", "q", "--yes")
     assert done.exit_code == 130
     assert "interrupted: cancelled 500 job(s)" in done.stderr
+    assert count(db, "ready") == 700
+
+
+def test_an_error_in_the_middle_says_how_much_had_been_changed(
+    triojobs_: Command, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(db, 1200)
+    real = SyncAdminStore.run
+    batches = 0
+
+    def failing(self: SyncAdminStore, step: Any) -> Any:
+        nonlocal batches
+        batches += step.operation.startswith("cancelling")
+        if batches == 2:
+            raise DatabaseError("the server has gone", operation="cancelling")
+        return real(self, step)
+
+    monkeypatch.setattr(SyncAdminStore, "run", failing)
+    line = triojobs_.refused("jobs", "cancel", "--queue", "q", "--yes")
+    assert line == "error: while cancelling: the server has gone; 500 job(s) had been changed before"
     assert count(db, "ready") == 700

@@ -64,6 +64,9 @@ def with_an_argument(x):
 
 def empty():
     return []
+
+def unlucky():
+    raise KeyError("DATABASE_URL")
 """
 
 
@@ -140,6 +143,7 @@ def test_an_async_function_may_do_everything_by_itself(app: Path, dsn: str) -> N
         ("app.nowhere:workers", "there is no module app.nowhere"),
         ("app:nothing_there", "app has no attribute nothing_there; it has workers in: both, one, workers"),
         ("app:nothing", "app:nothing is, or gives, no worker at all"),
+        ("app:unlucky", "calling app:unlucky: KeyError: 'DATABASE_URL' ("),
         ("app:empty", "app:empty is, or gives, no worker at all"),
         ("app:a_number", "app:a_number is, or gives, a int; it must be a triojobs.Worker"),
         ("app:some", "app:some is, or gives, a list; it must be a triojobs.Worker"),

@@ -58,7 +58,9 @@ def one_line_at_the_end(ctx: click.Context) -> Iterator[None]:
         with usage_in_one_line(ctx):
             yield
     except TriojobsError as exc:
-        raise Failure(_as_options(str(exc))) from exc
+        # The notes say how much of a bulk act had been done.
+        words = "; ".join([str(exc), *getattr(exc, "__notes__", [])])
+        raise Failure(_as_options(words)) from exc
     except ImportError as exc:
         raise Failure(missing(exc)) from exc
     except KeyboardInterrupt:

@@ -91,7 +91,10 @@ async def opened(thing: object, name: str) -> AsyncIterator[list[Worker[Any, Any
         yield _checked(thing, name)
         return
     _check_call(thing, name)
-    given: Any = thing()
+    try:
+        given: Any = thing()
+    except Exception as exc:
+        raise Failure(f"calling {name}: {type(exc).__name__}: {exc}{_where(exc)}") from exc
     if isinstance(given, AbstractAsyncContextManager):
         async with given as inner:
             yield _checked(inner, name)
