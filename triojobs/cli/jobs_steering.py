@@ -135,7 +135,10 @@ def _by_filter(admin: SyncAdmin, act: Act, which: JobFilter, *, yes: bool) -> No
 @steering
 @click.option("--reason", default="cancelled by an operator", show_default=True, help="Its handler is told.")
 def cancel(reason: str) -> Act:
-    """Cancel jobs: those that wait at once, those that run by cancelling their handlers."""
+    """Cancel jobs that wait or run.
+
+    Those that wait have ended at once, those that run when their handlers have; these are cancelled.
+    """
 
     def many(admin: SyncAdmin, which: JobFilter, **how: Any) -> BulkResult:
         return admin.cancel_many(which, reason=reason, **how)
@@ -146,9 +149,9 @@ def cancel(reason: str) -> Act:
 @click.command("retry")
 @steering
 def retry() -> Act:
-    """Run jobs that have ended (done, killed, cancelled) once more, with all their attempts.
+    """Run ended jobs once more.
 
-    With a filter, --status says which: --status killed.
+    They are done, killed or cancelled, and get all their attempts again. With a filter, --status says which: --status killed.
     """
 
     def many(admin: SyncAdmin, which: JobFilter, **how: Any) -> BulkResult:
@@ -162,7 +165,10 @@ def retry() -> Act:
 @click.option("--delay", type=DURATION, metavar="DURATION", help="Due so long from now.")
 @click.option("--run-at", type=INSTANT, metavar="TIME", help="Due then. Neither: at once.")
 def reschedule(delay: float | None, run_at: dt.datetime | None) -> Act:
-    """Change when jobs that wait are due: their first attempt, or the next one."""
+    """Change when waiting jobs are due.
+
+    That is their first attempt, or the next one.
+    """
     if delay is not None and run_at is not None:
         raise click.UsageError("--delay and --run-at say the same thing: give one of them")
 

@@ -204,7 +204,7 @@ class LiveView:
 
         height, width = self._console.height, self._console.width
         wide = width >= WIDE
-        head = Text(f"{dt.datetime.now():%H:%M:%S}  ", style="bold", end="")
+        head = Text(f"{dt.datetime.now():%H:%M:%S}  ", style="bold")
         head.append(", ".join(head_of(snapshot)), style="not bold")
         lines = -(-len(head.plain) // width)
         # Groups get a third of what the head, two heads of tables, two blank lines and the foot leave.
