@@ -151,7 +151,8 @@ def cancel(reason: str) -> Act:
 def retry() -> Act:
     """Run ended jobs once more.
 
-    They are done, killed or cancelled, and get all their attempts again. With a filter, --status says which: --status killed.
+    They are done, killed or cancelled, and get all their attempts again. With a filter, --status says which:
+    --status killed.
     """
 
     def many(admin: SyncAdmin, which: JobFilter, **how: Any) -> BulkResult:
