@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
     0: "_errors _model _options _version _logs _admin_model _retention _middleware",
     1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables _memory_retention"
-    " _explanation _diagnosis",
+    " _explanation _diagnosis _instruments",
     2: "_sql",
     3: "_bridge _commit _listener _beats _postgres _sync_store _wake _memory _admin_store _pruning",
     4: "_events _fetcher _handling _verdict _settler _heartbeat _comparison _stubborn _stacks _registration _keeper"
     " _group _job _flusher",
     5: "__init__ _exports _open _serve _client _outbox _sync_client _admin _sync_admin _admin_steps _admin_steering"
-    " _explore testing",
-    6: "__main__ cli board embedded _embedded_cluster _embedded_directory _embedded_programs",
+    " _explore _health _systemd testing",
+    6: "__main__ cli board otel prometheus embedded _embedded_cluster _embedded_directory _embedded_programs",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # _exports only tries the import, to say what to install; the demo is written like a user's program.

@@ -34,6 +34,7 @@ from ._errors import (
     reason,
 )
 from ._flusher import Flusher
+from ._instruments import sending
 from ._logs import Log
 from ._model import Enqueued, JobInfo, JobStatus, NewRow, RawJob
 from ._options import checked_count, checked_text
@@ -164,7 +165,9 @@ class Client:
 
     async def _enqueue_one(self, queue: Queue[Any, Any], new: NewJob[Any]) -> Enqueued:
         self._check_open()
-        return await self._flusher.enqueue(new_row(queue, new))
+        with sending([new_row(queue, new)]) as sent:
+            sent.entries = [await self._flusher.enqueue(sent.rows[0])]
+        return sent.entries[0]
 
     @async_side(FROM_THREAD)
     async def enqueue_many(self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]) -> list[int]:
@@ -197,8 +200,9 @@ class Client:
         if not rows:
             await trio.lowlevel.checkpoint()
             return []
-        with naming_items(first):
-            return await self._store.enqueue(rows)
+        with naming_items(first), sending(rows) as sent:
+            sent.entries = entries = await self._store.enqueue(sent.rows)
+        return entries
 
     @async_side(FROM_THREAD)
     async def enqueue_stream(
@@ -262,7 +266,9 @@ class Client:
         if timeout is not None:
             checked_seconds("timeout", timeout)
         new = NewJob(payload, timeout=job_timeout, **options)
-        return self._flusher.enqueue_from_thread(new_row(queue, new), timeout, check_cancelled).id
+        with sending([new_row(queue, new)]) as sent:
+            sent.entries = [self._flusher.enqueue_from_thread(sent.rows[0], timeout, check_cancelled)]
+        return sent.entries[0].id
 
     @async_side(IN_TRIO)
     async def new_job_id(self) -> int:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import trio
 
+from ._instruments import claims_ended, is_watched
 from ._model import Claim, Outcome, Settled, ShutdownReport
 
 __all__ = [
@@ -107,9 +108,9 @@ class EventFeed:
         self._closed = False
 
     @property
-    def is_read(self) -> bool:
-        """Whether anybody reads; without a reader nothing shall be spent on events."""
-        return bool(self._senders)
+    def is_heard(self) -> bool:
+        """Whether anybody wants to know; else nothing shall be spent on news."""
+        return bool(self._senders) or is_watched()
 
     def open(self, buffer: int) -> trio.MemoryReceiveChannel[GroupEvent]:
         """Return a new reader's end."""
@@ -143,21 +144,24 @@ class EventFeed:
 
     def claimed(self, claims: list[Claim]) -> None:
         """Tell of jobs that were claimed."""
-        for claim in claims if self.is_read else ():
+        for claim in claims if self._senders else ():
             self.send(JobClaimed(claim.group_id, claim.job_id, claim.queue, claim.attempt))
 
     def ended(self, claims: dict[int, Claim], rows: list[Settled]) -> None:
         """Tell how claims ended, by what was written; `claims` by the job's id."""
-        for row in rows:
-            claim = claims.get(row.job_id)
-            if claim is None or claim.claim_no != row.claim_no:
-                continue
+        ended = [
+            (claim, row)
+            for row in rows
+            if (claim := claims.get(row.job_id)) is not None and claim.claim_no == row.claim_no
+        ]
+        claims_ended(ended)
+        for claim, row in ended if self._senders else ():
             place = claim.group_id, claim.job_id, claim.queue, claim.attempt
             released = row.outcome is Outcome.RELEASED
             self.send(JobReleased(*place) if released else JobSettled(*place, outcome=str(row.outcome)))
 
     def committed_soon(self, claim: Claim) -> None:
         """Tell, from the thread, that a job completed itself together with its writes."""
-        if self._senders:
+        if self.is_heard:
             row = Settled(claim.job_id, claim.claim_no, Outcome.DONE)
             self._token.run_sync_soon(self.ended, {claim.job_id: claim}, [row])

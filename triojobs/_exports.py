@@ -51,6 +51,8 @@ from ._events import JobReleased as JobReleased
 from ._events import JobSettled as JobSettled
 from ._events import LeaseLost as LeaseLost
 from ._group import WorkerGroup as WorkerGroup
+from ._health import health_app as health_app
+from ._health import notify_systemd as notify_systemd
 from ._job import Job as Job
 from ._middleware import Middleware as Middleware
 from ._middleware import NextStep as NextStep

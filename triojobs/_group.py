@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import trio
 from trio_util import AsyncBool
@@ -43,6 +43,7 @@ from ._fetcher import Fetcher
 from ._flusher import Flusher
 from ._handling import Slots
 from ._heartbeat import hold_lease, watch_lease
+from ._instruments import group_closed, group_opened
 from ._keeper import keep_house
 from ._lease import Lease
 from ._logs import Log
@@ -106,6 +107,17 @@ class WorkerGroup:
         return self._registrations[-1].group_id
 
     @property
+    def state(self) -> Literal["running", "without lease", "stopping", "stopped"]:
+        """How it stands. "without lease": it cannot prove its lease, runs nothing, and will register again."""
+        if self._stopped.is_set():
+            return "stopped"
+        if self._stopping_since != math.inf:
+            return "stopping"
+        live = self._registrations[-1]
+        provable = not live.lost.value and live.lease.provable(self._store.now())
+        return "running" if provable else "without lease"
+
+    @property
     def report(self) -> ShutdownReport:
         """What was done; complete once `wait_stopped` returned or the block was left, until then as it stands."""
         return self._as_it_stands() if self._report is None else self._report
@@ -144,6 +156,9 @@ class WorkerGroup:
                 extra={"event": "drain", "group_id": str(self.group_id)},
             )
             self.stop()
+
+    async def _wait_stop_asked(self) -> None:
+        await self._stop.wait_value(True)
 
     @async_side(IN_TRIO)
     async def wait_stopped(self) -> None:
@@ -193,24 +208,26 @@ class WorkerGroup:
         return receiver
 
     def statistics(self) -> GroupStatistics:
-        """Return a snapshot; no I/O."""
-        slots = [s for per_queue in self._slots.values() for s in per_queue.values()]
-        live = self._registrations[-1] if self._registrations else None
-        current = self._slots.get(live, {}).values() if live is not None else ()
-        ledgers = [r.ledger for r in self._registrations]
+        """Return a snapshot; no I/O. Threads: any, for a group on PostgreSQL."""
+        registrations = list(self._registrations)
+        slots = [s for per_queue in list(self._slots.values()) for s in list(per_queue.values())]
+        live = registrations[-1] if registrations else None
+        current = list(self._slots.get(live, {}).values()) if live is not None else ()
+        ledgers = [r.ledger for r in registrations]
         return GroupStatistics(
             running=sum(len(s.running) for s in slots),
             free=0 if self._stop.value else sum(s.free for s in current),
             unsettled=sum(ledger.unsettled for ledger in ledgers),
             claimed=sum(ledger.claimed for ledger in ledgers),
-            settled=sum(sum(ledger.settled.values()) for ledger in ledgers),
+            settled=sum(sum(list(ledger.settled.values())) for ledger in ledgers),
             released=sum(ledger.released for ledger in ledgers),
             stale=sum(ledger.stale for ledger in ledgers),
-            rescued=sum(r.rescued_jobs for r in self._registrations),
+            rescued=sum(r.rescued_jobs for r in registrations),
             lease_until=-math.inf if live is None or live.closed else live.lease.until,
-            registrations=len(self._registrations),
-            loop_blocked=sum(r.beacon.blocks for r in self._registrations),
+            registrations=len(registrations),
+            loop_blocked=sum(r.beacon.blocks for r in registrations),
             events_dropped=self._feed.dropped,
+            lease_age=math.inf if live is None or live.closed else live.lease.age(self._store.now()),
         )
 
     def __repr__(self) -> str:
@@ -405,6 +422,7 @@ class WorkerGroup:
             self._report = replace(self._as_it_stands(), duration=duration)
             self._feed.send(GroupStopped(self.group_id, self._report))
             self._feed.close()
+            group_closed(self)
             self._stopped.set()
 
     async def _wait_for_children(self) -> None:
@@ -449,7 +467,7 @@ class WorkerGroup:
         while live.ledger.unsettled:
             await settler.flush(deadline=deadline)
 
-        claims = live.ledger.claims() if self._feed.is_read else {}
+        claims = live.ledger.claims() if self._feed.is_heard else {}
         ended: list[Settled] = []
 
         def written(rows: Sequence[Settled]) -> None:
@@ -535,6 +553,7 @@ class GroupContext:
         group._nursery.start_soon(group._flusher.run, name="triojobs flusher")
         group._nursery.start_soon(group._supervise, name="triojobs supervisor")
         group._begin(live)
+        group_opened(group)
         self._group = group
         return group
 

@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from ._errors import CodecError, StaleClaimError
+from ._instruments import watch
 from ._job import Job
 from ._lifecycle import outcome_of_failure
 from ._logs import Log
@@ -49,7 +50,8 @@ class Running:
     """One handler at work. Slot → cancel requests, the watch over handlers that do not end.
 
     `limit` is the bound that was set on the scope (Trio's clock); `limited_by_deadline` says which of
-    the two it is. `cancelled_at` is when a request cancelled it. `reports` and `given_up` are the watch's.
+    the two it is. `cancelled_at` is when a request cancelled it. `committed`: it has completed itself.
+    `reports` and `given_up` are the watch's.
     """
 
     claim: Claim
@@ -60,6 +62,7 @@ class Running:
     timeout: float = math.inf
     cancel_reason: str | None = None
     cancelled_at: float = math.inf
+    committed: bool = False
     reports: int = 0
     given_up: bool = False
 
@@ -223,20 +226,30 @@ class Slots:
         self.running[claim.job_id] = running
         self._busy_ids.add(claim.job_id)
         self._live.handler_begins()
+        watched = watch(job, claim.waited + trio.current_time() - claimed_at)
+        began = time.perf_counter()
+        outcome: Outcome | None = None
+        error: BaseException | None = None
         if running.limit != math.inf:
             scope.deadline = running.limit
         try:
             value = await self._call_handler(job)
         except BaseException as exc:
+            error = exc
             verdict = judge(exc, claim, self._circumstances(running))
-            self._settle(claim, verdict)
+            outcome = self._settle(claim, verdict)
             if verdict.propagate is not None:
                 if verdict.propagate is exc:
                     raise
                 raise verdict.propagate from None
         else:
-            self._returned(claim, value)
+            outcome = self._returned(claim, value)
         finally:
+            if watched is not None:
+                watched.end(
+                    time.perf_counter() - began, Outcome.DONE if running.committed else outcome, error
+                )
+            error = None  # no cycle through this frame
             if running.limit != math.inf:
                 scope.deadline = math.inf
             del self.running[claim.job_id]
@@ -299,22 +312,23 @@ class Slots:
             interrupted=effective,
         )
 
-    def _returned(self, claim: Claim, value: object) -> None:
+    def _returned(self, claim: Claim, value: object) -> Outcome | None:
         queue = self.worker.queue
         try:
             data = queue.encode_result(value)
         except Exception as exc:
             if not self._ledger.owns(claim):
-                return  # committed by Job.commit, or moved on
+                return None  # committed by Job.commit, or moved on
             failed = outcome_of_failure(claim.attempt, claim.max_attempts)
-            self._settle(claim, Verdict(failed, describe(exc)))
-            return
-        self._ledger.settle(
+            return self._settle(claim, Verdict(failed, describe(exc)))
+        owned = self._ledger.settle(
             claim,
             Settlement(claim.job_id, claim.claim_no, Outcome.DONE, None, data, queue.codec.name),
         )
+        return Outcome.DONE if owned else None
 
-    def _settle(self, claim: Claim, verdict: Verdict) -> None:
+    def _settle(self, claim: Claim, verdict: Verdict) -> Outcome | None:
+        """Note the verdict; return its outcome, or None when the claim had ended before."""
         delay = verdict.delay
         if delay is None:
             failed = verdict.outcome is Outcome.FAILED
@@ -332,6 +346,7 @@ class Slots:
                 verdict.error if verdict.log_error is None else describe(verdict.log_error),
                 extra={"event": "error_aside", "job_id": claim.job_id, "queue": claim.queue},
             )
+        return verdict.outcome if owned else None
 
     # JobPort.
 
@@ -341,6 +356,9 @@ class Slots:
 
     def _committed(self, claim: Claim) -> None:
         self._ledger.committed(claim)
+        running = self.running.get(claim.job_id)
+        if running is not None and running.claim is claim:
+            running.committed = True
         self._live.feed.committed_soon(claim)
 
     @trio.lowlevel.enable_ki_protection  # it runs inside the handler, where Ctrl-C may strike

@@ -10,6 +10,7 @@ from __future__ import annotations
 import trio
 
 from ._beacon import TURN_INTERVAL
+from ._instruments import loop_was_late
 from ._logs import Log
 from ._registration import LiveRegistration
 from ._store import Store
@@ -66,8 +67,10 @@ async def show_signs_of_life(live: LiveRegistration) -> None:
     while True:
         await live.lit.wait()
         while not live.beacon.put_out(lambda: live.ledger.held):
-            await trio.sleep(TURN_INTERVAL)
+            due = trio.current_time() + TURN_INTERVAL
+            await trio.sleep_until(due)
             live.beacon.turn()
+            loop_was_late(live.record.name, max(0.0, trio.current_time() - due))
 
 
 @trio.lowlevel.enable_ki_protection

@@ -54,6 +54,10 @@ class Lease:
             return now + min(self.interval, 0.1 * 2.0 ** min(self._failures, 4))
         return self._sent + self.interval
 
+    def age(self, now: float) -> float:
+        """Return how many seconds ago the last beat that was executed had been sent (inf: none was)."""
+        return now - self._sent
+
     def provable(self, now: float) -> bool:
         """Return whether nobody else can have rescued this registration by `now`."""
         return now < self.until

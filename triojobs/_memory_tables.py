@@ -359,7 +359,7 @@ class Tables:
             encoding=job.encoding.encode(),
             timeout=job.timeout,
             deadline=None if deadline is None else zero + deadline,
-            deadline_in=None if deadline is None else deadline - now,
+            claimed_at=zero + now,
             key=None if job.key is None else job.key.encode(),
             metadata=None if job.metadata == "{}" else job.metadata.encode(),
             last_error=errors[-1].encode() if errors and row.attempts > 0 else None,

@@ -6,6 +6,7 @@ Written by → read by stands beside each record that crosses a border.
 from __future__ import annotations
 
 import datetime as dt
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,8 +113,8 @@ class Claim:
     """One claimed row, as the claim returned it: bytes and numbers only. Store → ledger → handler.
 
     Text stays undecoded until the job's own task looks at it: bytes that do not decode then spoil
-    one job, not the booking of its batch. `deadline_in` is seconds from the claim until the job's
-    deadline by the server's clock (negative: passed). `payload` is None when the body is missing.
+    one job, not the booking of its batch. Times are seconds since the epoch by the server's clock.
+    `payload` is None when the body is missing.
     """
 
     job_id: int
@@ -129,10 +130,20 @@ class Claim:
     encoding: bytes | None
     timeout: float | None
     deadline: float | None
-    deadline_in: float | None
+    claimed_at: float
     key: bytes | None
     metadata: bytes | None
     last_error: bytes | None
+
+    @property
+    def deadline_in(self) -> float | None:
+        """Seconds from the claim until the deadline; negative: it has passed."""
+        return None if self.deadline is None else self.deadline - self.claimed_at
+
+    @property
+    def waited(self) -> float:
+        """Seconds from when it was due, or was enqueued if that was later, until the claim."""
+        return max(0.0, self.claimed_at - max(self.run_at, self.enqueued_at or self.run_at))
 
     @property
     def fence(self) -> Fence:
@@ -319,6 +330,8 @@ class GroupStatistics:
         lease_until: when the lease must be thought lost, on the group's clock (seconds);
             minus infinity when there is none.
         registrations: how often the group registered (1 unless its lease was lost).
+        lease_age: seconds since the last beat that the server has confirmed was sent: below
+            lease_duration minus lease_margin while all is well; infinity when there is no lease.
         loop_blocked: how often something blocked the event loop for about a second or longer while
             jobs were in hand; the log says where.
         events_dropped: events that readers of `events` had no room for.
@@ -336,3 +349,4 @@ class GroupStatistics:
     registrations: int
     loop_blocked: int
     events_dropped: int = 0
+    lease_age: float = math.inf

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
 from ._client import naming_items, rows_of
 from ._errors import OptionError
+from ._instruments import sending
 from ._model import Enqueued, NewRow
 from ._options import DEFAULT_SCHEMA, checked_schema
 from ._queue import JobOptions, NewJob, Payloads, Queue, new_row
@@ -91,6 +92,12 @@ def try_enqueue_many_on(
 
 def _enqueue(conn: psycopg.Connection[Any] | Transaction, rows: list[NewRow], schema: str) -> list[Enqueued]:
     checked_schema(schema)
+    with sending(rows) as sent:
+        sent.entries = entries = _write(conn, sent.rows, schema)
+    return entries
+
+
+def _write(conn: psycopg.Connection[Any] | Transaction, rows: list[NewRow], schema: str) -> list[Enqueued]:
     if is_connection(conn):
         return enqueue_on_connection(conn, schema, rows) if rows else []  # type: ignore[arg-type]
     if hasattr(conn, "enqueue_rows"):

@@ -12,6 +12,7 @@ from typing import Any, Final, Unpack
 import trio
 
 from ._group import WorkerGroup
+from ._health import notify_systemd
 from ._model import ShutdownReport
 from ._open import GroupKeywords, open_worker_group
 from ._queue import Worker
@@ -33,7 +34,8 @@ async def serve(
     The first signal stops gracefully, the second cancels the handlers, the third ends the process at
     once as that signal does by default, even when a handler blocks the event loop. A group that is still
     being opened is stopped as soon as it is open; it starts nothing. Usable with `nursery.start`, which
-    returns the open group.
+    returns the open group. Under systemd (``Type=notify``, ``WatchdogSec=``) it says when it is ready, that it lives,
+    and when it stops.
 
     Args:
         options: those of `open_worker_group`.
@@ -61,8 +63,11 @@ async def serve(
         async with open_worker_group(conninfo, workers, **options) as group:
             if stopping:
                 group.stop()  # its tasks have not begun: nothing is claimed
-            task_status.started(group)
-            await group.wait_stopped()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(notify_systemd, group)
+                task_status.started(group)
+                await group.wait_stopped()
+                nursery.cancel_scope.cancel()
     return ShutdownReport() if group is None else group.report
 
 

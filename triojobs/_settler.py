@@ -91,7 +91,7 @@ class Settler:
 
     async def _write(self, batch: Sequence[Settlement], deadline: float | None) -> None:
         feed = self._live.feed
-        claims = self._live.ledger.claims() if feed.is_read else {}
+        claims = self._live.ledger.claims() if feed.is_heard else {}
         ended: list[Settled] = []
 
         def written(rows: Sequence[Settled]) -> None:

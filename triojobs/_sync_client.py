@@ -22,8 +22,9 @@ from ._client import (
     wrong_side,
 )
 from ._errors import DatabaseError, checked_seconds
+from ._instruments import sending
 from ._logs import Log
-from ._model import Enqueued, JobInfo
+from ._model import Enqueued, JobInfo, NewRow
 from ._options import DEFAULT_SCHEMA, checked_conninfo, checked_schema, checked_text
 from ._queue import JobOptions, NewJob, Payloads, Queue, new_row
 from ._sync_store import SyncStore
@@ -98,7 +99,7 @@ class SyncClient:
     ) -> int:
         """Enqueue one job and return its id, once it is committed. See `Client.enqueue`."""
         self._check("SyncClient.enqueue", "await client.enqueue(…)")
-        return self._store.enqueue([new_row(queue, NewJob(payload, **options))])[0].id
+        return self._send([new_row(queue, NewJob(payload, **options))])[0].id
 
     def try_enqueue(
         self,
@@ -109,7 +110,7 @@ class SyncClient:
         """Like `enqueue`, but tell whether this call created the job or replaced another's body."""
         self._check("SyncClient.try_enqueue", "await client.try_enqueue(…)")
         options.setdefault("on_conflict", "return")
-        return self._store.enqueue([new_row(queue, NewJob(payload, **options))])[0]
+        return self._send([new_row(queue, NewJob(payload, **options))])[0]
 
     def enqueue_many(self, queue: Queue[PayloadT, Any], payloads: Payloads[PayloadT]) -> list[int]:
         """Enqueue jobs in one transaction; ids in the order given. See `Client.enqueue_many`."""
@@ -122,9 +123,13 @@ class SyncClient:
         return self._enqueue_rows(queue, payloads)
 
     def _enqueue_rows(self, queue: Queue[Any, Any], payloads: Payloads[Any]) -> list[Enqueued]:
-        rows = rows_of(queue, payloads)
         with naming_items():
-            return self._store.enqueue(rows) if rows else []
+            return self._send(rows_of(queue, payloads))
+
+    def _send(self, rows: list[NewRow]) -> list[Enqueued]:
+        with sending(rows) as sent:
+            sent.entries = entries = self._store.enqueue(sent.rows) if rows else []
+        return entries
 
     def new_job_id(self) -> int:
         """Reserve an id for `enqueue(…, job_id=…)`."""

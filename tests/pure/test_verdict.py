@@ -31,7 +31,7 @@ def claim(attempt: int = 1, max_attempts: int = 2) -> Claim:
         encoding=b"cbor",
         timeout=None,
         deadline=None,
-        deadline_in=None,
+        claimed_at=0.0,
         key=None,
         metadata=None,
         last_error=None,

@@ -36,7 +36,7 @@ def claim(job_id: int, group_id: uuid.UUID) -> Claim:
         encoding=b"cbor",
         timeout=None,
         deadline=None,
-        deadline_in=None,
+        claimed_at=0.0,
         key=None,
         metadata=None,
         last_error=None,

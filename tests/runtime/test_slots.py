@@ -56,7 +56,7 @@ class FewSlots:
             encoding=b"cbor",
             timeout=timeout,
             deadline=None,
-            deadline_in=None,
+            claimed_at=0.0,
             key=None,
             metadata=None,
             last_error=None,

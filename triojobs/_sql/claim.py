@@ -63,7 +63,7 @@ WITH me AS MATERIALIZED (
 SELECT t.id, array_position(%(queues)s::text[], t.queue), t.attempts + 1, t.max_attempts, t.priority,
        date_part('epoch', t.run_at), date_part('epoch', j.enqueued_at),
        j.payload, convert_to(j.encoding, 'UTF8'), j.timeout,
-       date_part('epoch', j.deadline), date_part('epoch', j.deadline - clock_timestamp()),
+       date_part('epoch', j.deadline), date_part('epoch', clock_timestamp()),
        convert_to(j.key, 'UTF8'),
        CASE WHEN j.metadata <> '{{}}' THEN convert_to(j.metadata::text, 'UTF8') END,
        CASE WHEN t.attempts > 0 THEN (
