@@ -105,7 +105,7 @@ async def on_the_loop(jobs: int) -> dict[str, float]:
     worker = triojobs.Worker(QUEUE, handler, concurrency=SLOTS)
     store: Any = None  # nothing here commits
     slots = Slots(worker, live, store, busy_ids=set(), on_free=lambda: None)
-    rest = (1, 5, 0, 0.0, 0.0, data, b"cbor", None, None, None, None, None, None)
+    rest = (1, 5, 0, 0.0, 0.0, data, b"cbor", None, None, 0.0, None, None, None)
     claims = [Claim(n, 1, record.group_id, QUEUE.name, *rest) for n in range(jobs)]
     async with trio.open_nursery() as nursery:
         for _ in range(SLOTS):

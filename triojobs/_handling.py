@@ -12,6 +12,7 @@ that returned is settled as done even when a cancel came in between.
 from __future__ import annotations
 
 import contextvars
+import logging
 import math
 import random
 import time
@@ -24,7 +25,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from ._errors import CodecError, StaleClaimError
-from ._instruments import watch
+from ._instruments import Watched, is_watched
 from ._job import Job
 from ._lifecycle import outcome_of_failure
 from ._logs import Log
@@ -226,8 +227,11 @@ class Slots:
         self.running[claim.job_id] = running
         self._busy_ids.add(claim.job_id)
         self._live.handler_begins()
-        watched = watch(job, claim.waited + trio.current_time() - claimed_at)
-        began = time.perf_counter()
+        watched: Watched | None = None
+        began = 0.0
+        if is_watched():
+            watched = Watched(job, claim.waited + trio.current_time() - claimed_at)
+            began = time.perf_counter()
         outcome: Outcome | None = None
         error: BaseException | None = None
         if running.limit != math.inf:
@@ -346,7 +350,33 @@ class Slots:
                 verdict.error if verdict.log_error is None else describe(verdict.log_error),
                 extra={"event": "error_aside", "job_id": claim.job_id, "queue": claim.queue},
             )
-        return verdict.outcome if owned else None
+        if not owned:
+            return None
+        if verdict.outcome in (Outcome.FAILED, Outcome.KILLED):
+            self._log_failure(claim, verdict)
+        return verdict.outcome
+
+    def _log_failure(self, claim: Claim, verdict: Verdict) -> None:
+        error = verdict.error or ""
+        killed = verdict.outcome is Outcome.KILLED
+        log.log(
+            logging.WARNING if killed else logging.INFO,  # what is tried again is no news for everybody
+            "job %d of %r %s (attempt %d of %d): %s",
+            claim.job_id,
+            claim.queue,
+            "was killed" if killed else "failed",
+            claim.attempt,
+            claim.max_attempts,
+            error.partition("\n")[0],
+            extra={
+                "event": "job_killed" if killed else "job_failed",
+                "job_id": claim.job_id,
+                "queue": claim.queue,
+                "attempt": claim.attempt,
+                "group_id": str(claim.group_id),
+                "error": error,
+            },
+        )
 
     # JobPort.
 

@@ -39,7 +39,6 @@ __all__ = [
     "is_watched",
     "loop_was_late",
     "sending",
-    "watch",
 ]
 
 T = TypeVar("T")
@@ -224,11 +223,6 @@ class Watched:
         text = None if outcome is None else str(outcome)
         for instrument, token in reversed(self._begun):
             _guarded(instrument.after_handler, token, self._job, seconds, text, error)
-
-
-def watch(job: Job[Any], waited: float) -> Watched | None:
-    """Tell that a handler starts; None when nobody wants to know."""
-    return Watched(job, waited) if _installed else None
 
 
 def claims_booked(claims: Sequence[Claim]) -> None:

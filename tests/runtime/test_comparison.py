@@ -259,7 +259,21 @@ async def test_a_claim_that_was_lost_before_its_handler_began_is_not_started() -
     )
     lost, kept = (
         Claim(
-            n, 1, live.group_id, "numbers", 1, 5, 0, 0.0, 0.0, NUMBERS.encode_payload(n), b"cbor", *[None] * 6
+            n,
+            1,
+            live.group_id,
+            "numbers",
+            1,
+            5,
+            0,
+            0.0,
+            0.0,
+            NUMBERS.encode_payload(n),
+            b"cbor",
+            None,
+            None,
+            0.0,
+            *[None] * 3,
         )
         for n in (1, 2)
     )

@@ -10,6 +10,7 @@ knows the unfinished run, and only e-mails that have no job yet are enqueued.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -286,6 +287,7 @@ def run(jobs: int, *, dsn: str | None, data: str | None, schema: str, patience: 
     checked_schema(schema)
     checked_seconds("patience", patience)
     settings = Settings(emails=jobs, dsn=dsn, data=data, schema=schema, patience=patience)
+    logging.getLogger("triojobs.worker").setLevel(logging.ERROR)  # jobs that fail are part of the story
     view = open_view(as_json=as_json)
     try:
         outcome = trio.run(Demo(settings, view).play)
