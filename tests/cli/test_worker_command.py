@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psycopg
@@ -195,6 +199,56 @@ def test_options_that_contradict_each_other_are_one_line(app: Path, dsn: str) ->
     done = fails(app, "worker", "app:workers", "--concurrency", "10000001", dsn=dsn)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "concurrency is 10000001" in done.stderr
+
+
+def asked(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.read().decode()
+
+
+@pytest.mark.parametrize("command", ["worker", "dev"])
+def test_health_is_answered_beside_the_workers(app: Path, dsn: str, triojobs_: Command, command: str) -> None:
+    with running(
+        command, "app:workers", "--health", "127.0.0.1:0", "--name", "w", dsn=dsn, cwd=app
+    ) as process:
+        found = re.search(r"health on (http://127\.0\.0\.1:\d+)/readyz", wait_for_line(process, "health on"))
+        assert found is not None
+        status, body = asked(f"{found[1]}/readyz")
+        assert (status, json.loads(body)["groups"]["w"]["state"]) == (200, "running")
+        assert asked(f"{found[1]}/livez")[0] == 200
+        assert asked(f"{found[1]}/other")[0] == 404
+        if command == "worker":
+            job = int(triojobs_.ok("enqueue", "mail", "{}"))
+            with triojobs.SyncClient(dsn) as client:
+                client.result(job, timeout=60.0)
+        status, body = asked(f"{found[1]}/metrics")
+        assert status == 200
+        assert 'triojobs_slots_free{group="w"}' in body
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped in" in err.splitlines()[-1]
+
+
+def test_an_address_that_is_taken_is_one_line_before_anything_runs(app: Path, dsn: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = fails(app, "worker", "app:workers", "--health", address, dsn=dsn)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: cannot listen on {address}: Address already in use; give --health another address\n",
+    )
+
+
+@pytest.mark.parametrize("address", ["8086", "here:", ":8086", "127.0.0.1:99999", "127.0.0.1:http"])
+def test_what_is_no_address_is_wrong_usage(app: Path, address: str) -> None:
+    done = fails(app, "worker", "app:workers", "--health", address, dsn="host=/nowhere")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{address!r} is not HOST:PORT" in done.stderr
 
 
 def test_dev_runs_workers_on_a_server_of_its_own(app: Path) -> None:

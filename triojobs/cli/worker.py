@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from .ending import Failure
+from .health import ADDRESS, Health
 from .loading import load, opened
 from .options import Decorator, Target, keep_option, retention_of, target_options
 from .output import note
@@ -28,11 +29,12 @@ LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What to run: the attribute's name, what it is, and the options of `serve`."""
+    """What to run: the attribute's name, what it is, the options of `serve`, where to tell its health."""
 
     name: str
     thing: object
     options: dict[str, Any]
+    health: tuple[str, int] | None = None
 
 
 def group_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +70,12 @@ def group_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="What goes to stderr, unless the module configures logging.",
         ),
+        click.option(
+            "--health",
+            type=ADDRESS,
+            metavar="HOST:PORT",
+            help="Answer /livez and /readyz here, and /metrics where prometheus-client is installed.",
+        ),
     ]
 
     @wraps(command)
@@ -79,6 +87,7 @@ def group_options(command: Callable[..., Any]) -> Callable[..., Any]:
         lease_duration: float,
         keep: tuple[str, ...],
         log_level: str,
+        health: tuple[str, int] | None,
         **given: Any,
     ) -> Any:
         retention = retention_of(keep)
@@ -94,7 +103,7 @@ def group_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "lease_margin": lease_duration / 6,
             "retention": retention,
         }
-        return command(group=Group(attribute, thing, options), **given)
+        return command(group=Group(attribute, thing, options, health), **given)
 
     given_all: Callable[..., Any] = with_group
     for option in reversed(options):
@@ -141,6 +150,7 @@ async def run_group(conninfo: str, group: Group, options: dict[str, Any]) -> Shu
 
     from .. import WorkerGroup, serve
 
+    health = None if group.health is None else Health(group.health)
     async with opened(group.thing, group.name) as workers:
         if workers is None:
             return None
@@ -148,6 +158,9 @@ async def run_group(conninfo: str, group: Group, options: dict[str, Any]) -> Shu
             running: WorkerGroup = await nursery.start(partial(serve, conninfo, workers, **options))
             served = ", ".join(f"{each.queue.name} ({each.concurrency})" for each in workers)
             note(f"worker group {running.name} serves {served}; Ctrl-C stops it")
+            if health is not None:
+                async with health.beside(running):
+                    await running.wait_stopped()
     return running.report
 
 
