@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "triojobs"
 LAYERS = {
     0: "_errors _model _options _version _logs _admin_model _retention _middleware",
     1: "_lifecycle _ledger _lease _beacon _backoff _codec _queue _store _demand _memory_tables _memory_retention"
-    " _explanation _diagnosis _instruments",
+    " _explanation _diagnosis _instruments _positions",
     2: "_sql",
     3: "_bridge _commit _listener _beats _postgres _sync_store _wake _memory _admin_store _pruning",
     4: "_events _fetcher _handling _verdict _settler _heartbeat _comparison _stubborn _stacks _registration _keeper"

@@ -25,6 +25,7 @@ from ._handling import Slots
 from ._logs import Log
 from ._model import Claim
 from ._options import GroupOptions
+from ._positions import Positions, Stretch
 from ._registration import LiveRegistration
 from ._store import ClaimOrder, ClaimReply, Store
 from ._wake import Wake
@@ -54,6 +55,7 @@ class Fetcher:
         self._due_at = math.inf
         self._failures = 0
         self._idle = False
+        self._positions = Positions(options.rescan_interval)
 
     def slots_ready(self) -> None:
         """Take the slots' sizes, once they stand (they need our wake-up, we need them)."""
@@ -84,6 +86,7 @@ class Fetcher:
     def look_anew(self) -> None:
         """Forget what we told the database about our sleep; it may be lost."""
         self._marked.clear()
+        self._positions.forget_all()
         self._look_everywhere()
 
     # The task.
@@ -110,8 +113,9 @@ class Fetcher:
     async def _round(self) -> None:
         wants = await self._wait_for_demand()
         sent = trio.current_time()
+        starts = self._positions.starts(wants, sent)
         try:
-            reply = await self._claim(wants, sent)
+            reply = await self._claim(wants, starts, sent)
         finally:
             self._wake_slots()  # for those of the claim before
         if reply.refused:
@@ -121,10 +125,13 @@ class Fetcher:
         # their commit.
         if not self._live.fetch_scope.cancel_called:
             claims = self._live.ledger.take_booked()
+            self._positions.claimed(wants, starts, claims, sent=sent, now=trio.current_time())
+            for queue in reply.promoted:
+                self._positions.forget(queue)
             self._live.feed.claimed(claims)
             self._idle = self._idle and not claims
             self._lay_in(claims, sent)
-        await self._draw_conclusions(wants, reply)
+        await self._draw_conclusions(wants, starts, reply)
 
     def _lay_in(self, claims: Sequence[Claim], sent: float) -> None:
         """Give claims to the slots. Whoever sleeps wakes when the next claim is under way, or is not made.
@@ -174,7 +181,9 @@ class Fetcher:
         self._demand.woken_everywhere()
         self.wake.set()
 
-    async def _claim(self, wants: Mapping[str, int], now: float) -> ClaimReply:
+    async def _claim(
+        self, wants: Mapping[str, int], starts: Mapping[str, Sequence[Stretch]], now: float
+    ) -> ClaimReply:
         promote = now >= min(self._promote_at, self._due_at)
         if promote:
             self._promote_at = math.inf  # a wake-up while the claim is in flight asks for another one
@@ -184,6 +193,7 @@ class Fetcher:
             claim_no=self._live.next_claim_no(),
             wants=wants,
             promote=self._demand.queues if promote else (),
+            starts=starts,
         )
         try:
             reply = await self._store.claim(order, self._live.book, under_way=self._wake_slots)
@@ -204,8 +214,13 @@ class Fetcher:
             self._due_at = math.inf if reply.next_due_in is None else now + max(0.0, reply.next_due_in)
         return reply
 
-    async def _draw_conclusions(self, wants: Mapping[str, int], reply: ClaimReply) -> None:
+    async def _draw_conclusions(
+        self, wants: Mapping[str, int], starts: Mapping[str, Sequence[Stretch]], reply: ClaimReply
+    ) -> None:
         short = {queue for queue, n in wants.items() if reply.got.get(queue, 0) < n}
+        # One that did not begin at the head tells nothing about what is there: the next one will.
+        wants = {queue: n for queue, n in wants.items() if queue not in short or queue not in starts}
+        short -= starts.keys()
         if short or self._marked:
             self._wake_slots()  # what follows may take a while
         if self._listening:

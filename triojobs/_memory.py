@@ -459,7 +459,7 @@ class MemoryStore:
         def effect() -> tuple[ClaimReply, list[Claim]]:
             now = self.now()
             promoted, due = self._tables.promote(order.promote, now) if order.promote else ({}, None)
-            claims = self._tables.claim(order.group_id, order.epoch, order.claim_no, order.wants, now)
+            claims = self._tables.claim(order, now)
             got = dict.fromkeys(order.wants, 0)
             for claimed in claims:
                 got[claimed.queue] += 1

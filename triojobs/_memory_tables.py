@@ -13,7 +13,7 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
@@ -31,7 +31,9 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._positions import Stretch
 from ._queue import job_of_another_queue, unknown_job_id
+from ._store import ClaimOrder
 
 __all__ = ["EPOCH", "PROMOTE_LIMIT", "GroupRow", "LeaseRow", "OutcomeRow", "Snapshot", "Tables"]
 
@@ -301,19 +303,31 @@ class Tables:
         due_at = self.next_due(queues)
         return Counter(row.queue for row in moved), None if due_at == math.inf else due_at - now
 
-    def claim(
-        self, group_id: uuid.UUID, epoch: int, claim_no: int, wants: Mapping[str, int], now: float
-    ) -> list[Claim]:
-        if not self.may_claim(group_id, epoch):
+    def claim(self, order: ClaimOrder, now: float) -> list[Claim]:
+        if not self.may_claim(order.group_id, order.epoch):
             return []
         taken: list[WaitingRow] = []
-        for queue, want in wants.items():
+        for queue, want in order.wants.items():
             if queue in self.paused:
                 continue
-            line = (row for row in self.ready.values() if row.queue == queue)
+            stretches = order.starts.get(queue)
+            line = (
+                row
+                for row in self.ready.values()
+                if row.queue == queue and (stretches is None or self._lies_in(row, stretches))
+            )
             taken += heapq.nsmallest(want, line, key=lambda row: row.place)
         taken.sort(key=lambda row: row.place)
-        return [self.lease(row.id, group_id, claim_no, now) for row in taken]
+        return [self.lease(row.id, order.group_id, order.claim_no, now) for row in taken]
+
+    def _lies_in(self, row: WaitingRow, stretches: Sequence[Stretch]) -> bool:
+        place = self.epoch.timestamp() + row.run_at, row.id
+        return any(
+            part.below < row.priority < part.above
+            if part.band is None
+            else row.priority == part.band and place > (part.run_at, part.job_id)
+            for part in stretches
+        )
 
     def may_claim(self, group_id: uuid.UUID, epoch: int) -> bool:
         """Return whether a claim of this group could match rows at all."""

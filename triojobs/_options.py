@@ -140,7 +140,8 @@ class GroupOptions:
         hard_stop_after: see hard_stop (> 0). None: 60, which is longer than any clean-up should take.
         poll_interval: longest time that a due job waits when no notification can arrive (> 0).
         listening_poll_interval: the same while LISTEN is healthy: the price of a lost notification.
-        rescan_interval: how long a job that became visible out of order may be overlooked (> 0).
+        rescan_interval: how long a job that became visible out of order may be overlooked (> 0), because claims go
+            on from the last position; where a walk from the head takes more than a quarter of it, four times that.
         claim_linger: while fewer than half of the slots are free, how long a claim may wait for
             more of them, so that short jobs share claims (>= 0).
         notify: whether to LISTEN and to notify at all.

@@ -256,6 +256,7 @@ class PostgresStore:
                 epoch=order.epoch,
                 claim_no=order.claim_no,
                 wants=order.wants,
+                starts=order.starts,
             )
             call.on_commit(lambda: book(claims))
             got = dict.fromkeys(order.wants, 0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ._beacon import Beacon
@@ -30,6 +30,7 @@ from ._model import (
     Settled,
     Settlement,
 )
+from ._positions import Stretch
 from ._retention import Pruned, Retention
 
 __all__ = ["BeatEvents", "ClaimOrder", "ClaimReply", "Compared", "ListenEvents", "Store"]
@@ -43,7 +44,8 @@ class ClaimOrder:
 
     Attributes:
         wants: most rows per queue (all > 0). promote: first move due rows of `promote` queues from
-            `scheduled` to `ready`, at most 1,000.
+            `scheduled` to `ready`, at most 1,000. starts: for each queue that is not to be claimed from its head,
+            the stretches in which to look, in their order.
     """
 
     group_id: uuid.UUID
@@ -51,6 +53,7 @@ class ClaimOrder:
     claim_no: int
     wants: Mapping[str, int]
     promote: Sequence[str] = ()
+    starts: Mapping[str, Sequence[Stretch]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ import trio
 import trio.testing
 
 import triojobs
+from triojobs import testing
 from triojobs._group import GroupContext, with_workers
 from triojobs._memory import MemoryStore
 from triojobs._options import GroupOptions
@@ -135,3 +138,67 @@ async def test_a_capped_group_gives_all_to_the_only_queue_with_work(
         await trio.sleep(10.5)
         assert naps.most == 3
         assert naps.done["naps"] >= 3 * 9
+
+
+LONG_LINE = 400
+
+
+async def test_a_job_that_lands_behind_is_overlooked_for_the_rescan_interval_at_most(
+    autojump_clock: Any,
+) -> None:
+    database = testing.MemoryDatabase()
+    store = MemoryStore(database)
+    naps = Naps()
+    async with open_group(store, naps, {"naps": 2}, rescan_interval=3.0) as group:
+        await store.enqueue([store_row(0.1) for _ in range(LONG_LINE)])
+        waits: list[float] = []
+        for nth in range(1, 4):
+            while len(naps.starts) < 90 * nth:
+                await trio.sleep(0.05)
+            landed = trio.current_time()
+            early = database.utc_now() - dt.timedelta(hours=1)
+            await store.enqueue([store_row(nth / 100, run_at=early)])
+            while not naps.starts_of(nth / 100):
+                await trio.sleep(0.05)
+            waits.append(naps.starts_of(nth / 100)[0] - landed)
+        assert len(naps.starts) < LONG_LINE  # the line was long enough
+        group.stop()
+    assert max(waits) <= 3.0 + 0.1
+
+
+async def test_a_job_of_a_priority_between_two_others_needs_no_rescan(autojump_clock: Any) -> None:
+    store = MemoryStore(testing.MemoryDatabase())
+    naps = Naps()
+    async with open_group(store, naps, {"naps": 2}, rescan_interval=FOR_EVER) as group:
+        await store.enqueue([store_row(0.1, priority=p) for p in (0, 9) for _ in range(LONG_LINE // 2)])
+        while len(naps.starts) < LONG_LINE // 2 + 10:  # both bands have a position
+            await trio.sleep(0.05)
+        landed = trio.current_time()
+        await store.enqueue([store_row(0.2, priority=5)])
+        while not naps.starts_of(0.2):
+            await trio.sleep(0.05)
+        assert naps.starts_of(0.2)[0] - landed <= 0.2
+        group.stop()
+
+
+async def test_a_line_is_worked_off_from_positions_and_the_head_is_looked_at_in_intervals(
+    autojump_clock: Any,
+) -> None:
+    store = MemoryStore(testing.MemoryDatabase())
+    orders: list[tuple[float, bool]] = []
+    claim = store.claim
+
+    async def noted(order: Any, book: Any, **options: Any) -> Any:
+        orders.append((trio.current_time(), "naps" in order.starts))
+        return await claim(order, book, **options)
+
+    store.claim = noted  # type: ignore[method-assign]
+    await store.enqueue([store_row(0.1) for _ in range(LONG_LINE)])
+    naps = Naps()
+    async with open_group(store, naps, {"naps": 4}, rescan_interval=2.0) as group:
+        await group.wait_idle()
+    assert naps.done.total() == LONG_LINE
+    busy = [(at, on) for at, on in orders if at < LONG_LINE * 0.1 / 4 - 0.5]
+    heads = [at for at, on in busy if not on]
+    assert sum(on for _, on in busy) > 10 * len(heads) > 0
+    assert all(1.9 < second - first < 2.3 for first, second in itertools.pairwise(heads[1:]))

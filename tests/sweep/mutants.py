@@ -175,8 +175,8 @@ CHECKPOINT_AFTER_CLAIM = code(
     Fetcher,
     "_round",
     (
-        "reply = await self._claim(wants, sent)",
-        "reply = await self._claim(wants, sent)\n        await trio.lowlevel.checkpoint()",
+        "reply = await self._claim(wants, starts, sent)",
+        "reply = await self._claim(wants, starts, sent)\n        await trio.lowlevel.checkpoint()",
     ),
 )
 # Without the sweep of all rows under the group's id, as if the ledger alone were enough.
@@ -228,7 +228,8 @@ MUTANTS: Final = (
     mutant(
         "abandon threads",
         all_of(
-            abandon_threads, code(Tables, "claim", ("if not self.may_claim(group_id, epoch):", "if False:"))
+            abandon_threads,
+            code(Tables, "claim", ("if not self.may_claim(order.group_id, order.epoch):", "if False:")),
         ),
         "no-row-running",
         "no-needless-rescue",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 import psycopg
 
 from .._model import Claim
+from .._positions import BEYOND, Stretch
 from .statements import statement
 
 __all__ = ["PROMOTE_LIMIT", "claim", "may_claim", "promote"]
@@ -24,7 +26,10 @@ PROMOTE_LIMIT: Final = 1000  # rows per statement: 3.4 ms, so a promotion never 
 #   promotion), and nothing is claimed until it has compared them (groups.compare).
 # * `ctid = ANY (ARRAY(…))` runs its sub-select once; the CTE and IN forms halve the rate and may be
 #   evaluated again, past the limit. A row that moved between snapshot and lock is missed, never wrong.
-# * LATERAL gives each queue a limit of its own in one statement.
+# * LATERAL gives each queue a limit of its own in one statement. From positions: the outer LIMIT ends the walk
+#   over the stretches, which come in their order (a nested loop over an array has no other), so no row is
+#   locked that is not taken. A band's stretch must compare the priority by `=`, or its position would not be where
+#   the index scan begins.
 # * The paused queues are read once, under this statement's snapshot: 4 µs, whatever the number of
 #   queues.
 # * The body is LEFT JOINed: a missing body must come out as a row, never vanish into leases. OFFSET 0
@@ -33,7 +38,7 @@ PROMOTE_LIMIT: Final = 1000  # rows per statement: 3.4 ms, so a promotion never 
 # * date_part, not extract: the latter makes a numeric of each time first.
 # * Only bytes and numbers come back. Text that does not decode would otherwise raise here, after
 #   the commit and before the booking.
-CLAIM: Final = """
+CLAIM_HEAD: Final = """
 WITH me AS MATERIALIZED (
     SELECT id FROM {schema}.worker_groups
     WHERE id = %(group_id)s AND epoch = %(epoch)s AND closed_at IS NULL
@@ -42,14 +47,49 @@ WITH me AS MATERIALIZED (
     DELETE FROM {schema}.ready r
     WHERE r.ctid = ANY (ARRAY(
         SELECT c.ctid
-        FROM unnest(%(queues)s::text[], %(wants)s::int[]) AS w(queue, want)
+        FROM """
+
+FROM_HEAD: Final = """unnest(%(queues)s::text[], %(wants)s::int[]) AS w(queue, want)
         CROSS JOIN LATERAL (
             SELECT x.ctid FROM {schema}.ready x
             WHERE x.queue = w.queue
             ORDER BY x.priority DESC, x.run_at, x.id
             LIMIT w.want
             FOR UPDATE SKIP LOCKED
-        ) c
+        ) c"""
+
+FROM_POSITIONS: Final = """unnest(
+            %(queues)s::text[], %(wants)s::int[], %(firsts)s::int[], %(lasts)s::int[]
+        ) AS w(queue, want, first, last)
+        CROSS JOIN LATERAL (
+            SELECT y.ctid
+            FROM unnest(
+                (%(bands)s::int[])[w.first:w.last], (%(above)s::bigint[])[w.first:w.last],
+                (%(below)s::int[])[w.first:w.last], (%(run_ats)s::float8[])[w.first:w.last],
+                (%(ids)s::bigint[])[w.first:w.last]
+            ) AS s(band, above, below, run_at, id)
+            CROSS JOIN LATERAL (
+                SELECT a.ctid FROM (
+                    SELECT x.ctid FROM {schema}.ready x
+                    WHERE s.band IS NOT NULL AND x.queue = w.queue AND x.priority = s.band
+                      AND (x.run_at, x.id) > (to_timestamp(s.run_at), s.id)
+                    ORDER BY x.priority DESC, x.run_at, x.id
+                    LIMIT w.want
+                    FOR UPDATE SKIP LOCKED
+                ) a
+                UNION ALL
+                SELECT b.ctid FROM (
+                    SELECT x.ctid FROM {schema}.ready x
+                    WHERE s.band IS NULL AND x.queue = w.queue AND x.priority < s.above AND x.priority > s.below
+                    ORDER BY x.priority DESC, x.run_at, x.id
+                    LIMIT w.want
+                    FOR UPDATE SKIP LOCKED
+                ) b
+            ) y
+            LIMIT w.want
+        ) c"""
+
+CLAIM_TAIL: Final = """
         WHERE EXISTS (SELECT FROM me)
           AND EXISTS (SELECT FROM {schema}.witnesses s WHERE s.group_id = %(group_id)s)
           AND w.queue <> ALL (ARRAY(SELECT p.queue FROM {schema}.paused_queues p))
@@ -74,6 +114,10 @@ FROM taken t
 LEFT JOIN LATERAL (SELECT * FROM {schema}.jobs b WHERE b.id = t.id OFFSET 0) j ON true
 ORDER BY t.priority DESC, t.run_at, t.id
 """
+
+CLAIM: Final = CLAIM_HEAD + FROM_HEAD + CLAIM_TAIL
+CLAIM_ON: Final = CLAIM_HEAD + FROM_POSITIONS + CLAIM_TAIL
+THE_HEAD: Final = (Stretch(None, BEYOND, -1, 0.0, 0),)
 
 MAY_CLAIM: Final = """
 SELECT EXISTS (
@@ -124,22 +168,43 @@ def claim(
     epoch: int,
     claim_no: int,
     wants: Mapping[str, int],
+    starts: Mapping[str, Sequence[Stretch]] | None = None,
 ) -> list[Claim]:
-    """Claim up to `wants[queue]` rows of each queue, highest priority first, in one statement."""
+    """Claim up to `wants[queue]` rows of each queue, highest priority first, in one statement.
+
+    A queue of `starts` is looked through in these stretches only.
+    """
     queues = list(wants)
-    parameters = {
+    parameters: dict[str, Any] = {
         "group_id": group_id,
         "epoch": epoch,
         "claim_no": claim_no,
         "queues": queues,
         "wants": list(wants.values()),
     }
+    if starts:
+        parameters |= _arrays([starts.get(queue, THE_HEAD) for queue in queues])
     with conn.cursor(binary=True) as cursor:
-        rows = cursor.execute(statement(CLAIM, schema), parameters).fetchall()
+        rows = cursor.execute(statement(CLAIM_ON if starts else CLAIM, schema), parameters).fetchall()
     return [
         Claim(row[0], claim_no, group_id, queues[row[1] - 1], *row[2:])  # array positions count from 1
         for row in rows
     ]
+
+
+def _arrays(starts: Sequence[Sequence[Stretch]]) -> dict[str, list[Any]]:
+    """Return all stretches one after the other, and which ones are whose (counted from 1)."""
+    stretches = [stretch for those in starts for stretch in those]
+    lasts = list(accumulate(len(those) for those in starts))
+    return {
+        "bands": [s.band for s in stretches],
+        "above": [s.above for s in stretches],
+        "below": [s.below for s in stretches],
+        "run_ats": [s.run_at for s in stretches],
+        "ids": [s.job_id for s in stretches],
+        "firsts": [last - len(those) + 1 for last, those in zip(lasts, starts, strict=True)],
+        "lasts": lasts,
+    }
 
 
 def may_claim(conn: psycopg.Connection[Any], schema: str, *, group_id: uuid.UUID, epoch: int) -> bool:
