@@ -52,6 +52,7 @@ class Fetcher:
         self._listened = False
         self._poll_at = -math.inf
         self._promote_at = -math.inf
+        self._promote_next = False
         self._due_at = math.inf
         self._failures = 0
         self._idle = False
@@ -76,7 +77,7 @@ class Fetcher:
     def queue_woken(self, queue: str) -> None:
         """Work was added to this queue, or its earliest due time moved forward."""
         self._demand.woken([queue])
-        self._promote_at = -math.inf
+        self._promote_next = True
         self.wake.set()
 
     def group_woken(self) -> None:
@@ -131,7 +132,20 @@ class Fetcher:
             self._live.feed.claimed(claims)
             self._idle = self._idle and not claims
             self._lay_in(claims, sent)
+            if self._promote_next:
+                await self._promote()
         await self._draw_conclusions(wants, starts, reply)
+
+    async def _promote(self) -> None:
+        """Look for what is due, after a wake-up.
+
+        It is mostly about work that is due at once, and that was claimed first: a look at `scheduled` before it
+        took a fifth of the time from the enqueue to the handler.
+        """
+        self._wake_slots()
+        self._promote_at = -math.inf
+        reply = await self._claim({}, {}, trio.current_time())
+        self._demand.woken(reply.promoted)
 
     def _lay_in(self, claims: Sequence[Claim], sent: float) -> None:
         """Give claims to the slots. Whoever sleeps wakes when the next claim is under way, or is not made.
@@ -186,7 +200,9 @@ class Fetcher:
     ) -> ClaimReply:
         promote = now >= min(self._promote_at, self._due_at)
         if promote:
-            self._promote_at = math.inf  # a wake-up while the claim is in flight asks for another one
+            # A wake-up while the claim is in flight asks for another one.
+            self._promote_at = math.inf
+            self._promote_next = False
         order = ClaimOrder(
             group_id=self._live.group_id,
             epoch=self._live.epoch,
@@ -205,7 +221,8 @@ class Fetcher:
                 self._live.unknown_claim = True
                 self._live.doubt()
             raise
-        self._demand.claimed(now)
+        if wants:
+            self._demand.claimed(now)
         if promote:
             more = sum(reply.promoted.values()) >= 1000
             # While we are busy nobody notifies us, so look at the timer of new rows now and then.

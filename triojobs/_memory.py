@@ -463,7 +463,8 @@ class MemoryStore:
             got = dict.fromkeys(order.wants, 0)
             for claimed in claims:
                 got[claimed.queue] += 1
-            refused = not claims and not self._tables.may_claim(order.group_id, order.epoch)
+            may_claim = not order.wants or self._tables.may_claim(order.group_id, order.epoch)
+            refused = not claims and not may_claim
             return ClaimReply(got, promoted, due, refused=refused), claims
 
         def reply(value: tuple[ClaimReply, list[Claim]]) -> None:

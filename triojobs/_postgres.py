@@ -249,6 +249,9 @@ class PostgresStore:
             due: float | None = None
             if order.promote:
                 promoted, due = claim_sql.promote(call.conn, self.schema, queues=order.promote)
+            if not order.wants:
+                self.notify_later(call, promoted.keys())
+                return ClaimReply({}, promoted, due)
             claims = claim_sql.claim(
                 call.conn,
                 self.schema,

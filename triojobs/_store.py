@@ -43,7 +43,7 @@ class ClaimOrder:
     """What to claim.
 
     Attributes:
-        wants: most rows per queue (all > 0). promote: first move due rows of `promote` queues from
+        wants: most rows per queue (all > 0); none: promote only. promote: first move due rows of `promote` queues from
             `scheduled` to `ready`, at most 1,000. starts: for each queue that is not to be claimed from its head,
             the stretches in which to look, in their order.
     """
