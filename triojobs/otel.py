@@ -15,8 +15,8 @@ from ._version import VERSION
 try:
     from opentelemetry import context, metrics, propagate, trace
     from opentelemetry.context import Context
-except ImportError as exc:
-    raise ImportError('triojobs.otel needs opentelemetry-api; run: pip install "triojobs[otel]"') from exc
+except ImportError as _exc:
+    raise ImportError('triojobs.otel needs opentelemetry-api; run: pip install "triojobs[otel]"') from _exc
 
 __all__ = ["instrument"]
 

@@ -12,10 +12,10 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Histogram
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector
-except ImportError as exc:
+except ImportError as _exc:
     raise ImportError(
         'triojobs.prometheus needs prometheus-client; run: pip install "triojobs[metrics]"'
-    ) from exc
+    ) from _exc
 
 __all__ = ["instrument"]
 
