@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from triojobs._lifecycle import TRANSITIONS, Event, IllegalTransitionError, after, outcome_of_failure
 from triojobs._memory_tables import Tables
 from triojobs._model import Claim, JobStatus, NewRow, Outcome, Registration, Settlement
+from triojobs._store import ClaimOrder
 
 EXPECTED = {
     JobStatus.PENDING: {
@@ -117,7 +118,8 @@ class OneJob(RuleBasedStateMachine):
         self.now += 10.0
         self.claim_no += 1
         self.tables.promote(["q"], self.now)
-        [self.claim] = self.tables.claim(self.group_id, 1, self.claim_no, {"q": 5}, self.now)
+        order = ClaimOrder(self.group_id, 1, self.claim_no, {"q": 5})
+        [self.claim] = self.tables.claim(order, self.now)
         self.happened(Event.CLAIM)
 
     @precondition(lambda self: self.status is JobStatus.RUNNING)
