@@ -72,9 +72,13 @@ def test_work_that_commits_although_it_was_cancelled_meanwhile_is_noticed(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     code(Call, "unguarded", ("if unwanted:", "if False:"))(monkeypatch)
-    program, wrong = gate.one(mode, Place("committing job N", 0, WORKING))
-    assert program.injected_at is not None
-    assert any(what.startswith("unwanted-work-undone") for what in wrong), wrong
+    # The server's cancel, which goes out at the same time, may hit the commit and hide the defect.
+    for _ in range(10):
+        program, wrong = gate.one(mode, Place("committing job N", 0, WORKING))
+        assert program.injected_at is not None
+        if any(what.startswith("unwanted-work-undone") for what in wrong):
+            return
+    pytest.fail("not noticed in ten runs")
 
 
 def test_a_commit_that_is_booked_after_the_way_back_is_noticed(
