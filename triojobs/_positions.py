@@ -1,8 +1,9 @@
 """From where to claim: on from what this group has claimed, so that it does not walk over its own dead rows.
 
 Claimed rows leave entries in the index until vacuum may remove them, which an old snapshot can prevent
-for hours; they lie at the head, where each claim begins. So after a full claim the next one goes on from the
-last position in each priority (band) that it knows, and looks into the gaps between the bands.
+for hours; they lie at the head, where each claim begins. So after a full claim, of many rows or a slow one,
+the next goes on from the last position in each priority (band) that it knows, and looks into the gaps
+between the bands.
 
 Pure. A position gives no wrong row, only a late one. What lands behind it: a commit that came late, a
 released or rescued job with its place kept, a row that somebody held locked. They are found from the head: after
@@ -21,6 +22,10 @@ __all__ = ["Positions", "Stretch"]
 
 BANDS: Final = (
     16  # priorities of one queue whose positions are known, the highest ones; each costs an index look-up
+)
+MANY: Final = 100  # rows of a claim that are worth positions: for ten of them they cost 4 %, for 500 nothing
+SLOW: Final = (
+    0.005  # seconds of a claim from the head that are worth them for few rows, too: some 50,000 dead ones
 )
 PATIENCE: Final = 4.0  # the walk from the head takes at most a fifth of the time, however long it is
 BEYOND: Final = 2**31  # a priority above all, as bigint; -1 is below all
@@ -46,6 +51,7 @@ class QueuePosition:
     def __init__(self) -> None:
         self.bands: dict[int, tuple[float, int]] = {}
         self.rescan_at = -math.inf
+        self.is_worth_it = False
 
     def stretches(self) -> list[Stretch]:
         """Return the parts in which rows may be that were not claimed, in their order."""
@@ -77,7 +83,9 @@ class Positions:
         return {
             queue: position.stretches()
             for queue in queues
-            if (position := self._queues.get(queue)) is not None and now < position.rescan_at
+            if (position := self._queues.get(queue)) is not None
+            and position.is_worth_it
+            and now < position.rescan_at
         }
 
     def claimed(
@@ -101,6 +109,7 @@ class Positions:
             position = self._queues.setdefault(queue, QueuePosition())
             if queue not in starts:
                 position.rescan_at = sent + max(self._rescan_interval, PATIENCE * (now - sent))
+                position.is_worth_it = len(found) >= MANY or now - sent >= SLOW
             last: dict[int, tuple[float, int]] = {}
             for claim in found:
                 place = (claim.run_at, claim.job_id)

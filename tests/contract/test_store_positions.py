@@ -6,11 +6,18 @@ import datetime as dt
 import random
 from typing import Any
 
+import pytest
 from contract_rig import Group, World, enqueue, number_of, row
 
+from triojobs import _positions
 from triojobs._model import Claim, Outcome
 from triojobs._positions import Positions
 from triojobs._store import ClaimOrder, Store
+
+
+@pytest.fixture(autouse=True)
+def few_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_positions, "MANY", 1)
 
 
 class Walker:

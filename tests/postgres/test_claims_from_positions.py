@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
+import pytest
 from plans import explain, recorded
 from tools import SCHEMA, Connection, Group, open_session, put_one
 
+from triojobs import _positions
 from triojobs._model import Claim
 from triojobs._positions import Positions
 from triojobs._sql import claim as claim_sql
@@ -19,6 +21,11 @@ WITH n AS (SELECT n FROM generate_series(1, 30000) n), body AS (
 INSERT INTO triojobs.ready (id, queue, priority, run_at, attempts, max_attempts)
 SELECT n, 'q', n % 3, now() - interval '1 h' + n * interval '1 ms', 0, 5 FROM n
 """
+
+
+@pytest.fixture(autouse=True)
+def few_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_positions, "MANY", 1)
 
 
 class Walker:

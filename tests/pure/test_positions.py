@@ -5,16 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triojobs import _positions
 from triojobs._model import Claim
-from triojobs._positions import BANDS, BEYOND, PATIENCE, Positions, Stretch
+from triojobs._positions import BANDS, BEYOND, MANY, PATIENCE, SLOW, Positions, Stretch
 
 GROUP = uuid.uuid4()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_are_worth_it() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_positions, "MANY", 1)
+        yield
 
 
 def claimed(priority: int, run_at: float, job_id: int, queue: str = "q") -> Claim:
@@ -95,6 +104,18 @@ def test_a_walk_from_the_head_that_takes_long_comes_less_often() -> None:
     full(positions, claimed(0, 0.0, 1), sent=10.0, now=12.0)
     assert positions.starts(["q"], 10.0 + PATIENCE * 2.0 - 0.1)
     assert positions.starts(["q"], 10.0 + PATIENCE * 2.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds", "worth"), [(MANY, 0.0, True), (MANY - 1, 0.0, False), (1, SLOW, True)]
+)
+def test_positions_are_for_claims_of_many_rows_and_for_slow_ones(
+    monkeypatch: pytest.MonkeyPatch, rows: int, seconds: float, worth: bool
+) -> None:
+    monkeypatch.setattr(_positions, "MANY", MANY)
+    positions = Positions(1.0)
+    full(positions, *(claimed(0, float(n), n) for n in range(rows)), sent=0.0, now=seconds)
+    assert bool(positions.starts(["q"], seconds)) == worth
 
 
 def test_what_the_head_finds_behind_is_gone_on_from() -> None:

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 import triojobs
-from triojobs import testing
+from triojobs import _positions, testing
 from triojobs._group import GroupContext, with_workers
 from triojobs._memory import MemoryStore
 from triojobs._options import GroupOptions
@@ -143,8 +143,13 @@ async def test_a_capped_group_gives_all_to_the_only_queue_with_work(
 LONG_LINE = 400
 
 
+@pytest.fixture
+def positions_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_positions, "MANY", 1)
+
+
 async def test_a_job_that_lands_behind_is_overlooked_for_the_rescan_interval_at_most(
-    autojump_clock: Any,
+    autojump_clock: Any, positions_are_worth_it: None
 ) -> None:
     database = testing.MemoryDatabase()
     store = MemoryStore(database)
@@ -166,7 +171,9 @@ async def test_a_job_that_lands_behind_is_overlooked_for_the_rescan_interval_at_
     assert max(waits) <= 3.0 + 0.1
 
 
-async def test_a_job_of_a_priority_between_two_others_needs_no_rescan(autojump_clock: Any) -> None:
+async def test_a_job_of_a_priority_between_two_others_needs_no_rescan(
+    autojump_clock: Any, positions_are_worth_it: None
+) -> None:
     store = MemoryStore(testing.MemoryDatabase())
     naps = Naps()
     async with open_group(store, naps, {"naps": 2}, rescan_interval=FOR_EVER) as group:
@@ -182,7 +189,7 @@ async def test_a_job_of_a_priority_between_two_others_needs_no_rescan(autojump_c
 
 
 async def test_a_line_is_worked_off_from_positions_and_the_head_is_looked_at_in_intervals(
-    autojump_clock: Any,
+    autojump_clock: Any, positions_are_worth_it: None
 ) -> None:
     store = MemoryStore(testing.MemoryDatabase())
     orders: list[tuple[float, bool]] = []
