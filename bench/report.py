@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from .peers import PEERS
-from .rounds import Line
+from .rounds import Line, number
 from .running import BenchError
 
 __all__ = ["check_plotting", "draw", "tables", "write"]
@@ -82,10 +82,10 @@ def _cells(line: Line) -> Iterator[str]:
     low, high = line["spread"]
     yield f"{line['what']} ({line['unit']})"
     yield line["against"] or ""
-    yield f"{line['ours']:,.4g}"
-    yield "" if line["peer"] is None else f"{line['peer']:,.4g}"
+    yield number(line["ours"])
+    yield "" if line["peer"] is None else number(line["peer"])
     yield "" if line["ratio"] is None else f"{line['ratio']:.2f}"
-    yield f"{low:.3g} to {high:.3g}"
+    yield f"{number(low)} to {number(high)}" if line["ratio"] is None else f"{low:.2f} to {high:.2f}"
     yield line["config"]
 
 
@@ -113,15 +113,14 @@ def draw(lines: Sequence[Line], directory: Path) -> None:
         if found:
             bars(directory / f"{name}.svg", title, sides(found))
     ratios = {
-        line["what"].removeprefix("drain, "): line
+        line["what"].removeprefix("drain, ").removesuffix(" (triojobs)"): line
         for line in lines
-        if line["command"] in ("history", "backlog", "payload", "processes")
-        and line["against"] in ("none", "95 B", "one process")
-        and "(sql)" not in line["what"]
+        if line["against"] in ("none", "triojobs without", "one process", "triojobs near")
+        or line["what"].endswith("payload (triojobs)")
     }
     if ratios:
         values = {what: (line["ratio"], tuple(line["spread"])) for what, line in ratios.items()}
-        bars(directory / "volume.svg", "Rate of our drain, beside the same without (1.0)", values)
+        bars(directory / "volume.svg", "Rate of our drain under a load, without it: 1.0", values)
 
 
 def sides(lines: Mapping[str, Line]) -> dict[str, Bar]:
@@ -139,12 +138,13 @@ def bars(path: Path, title: str, values: Mapping[str, Bar]) -> None:
     axes.barh(
         names,
         [value for value, _ in values.values()],
-        color=[OURS if "triojobs" in name else OTHERS for name in names],
+        color=[OTHERS if "triojobs" in names and name != "triojobs" else OURS for name in names],
     )
     for at, (value, spread) in enumerate(values.values()):
         if spread is not None:
             axes.plot(spread, [at, at], color="black", linewidth=1)
-        axes.annotate(f" {value:,.3g}" if value < 1000 else f" {value:,.0f}", (value, at), va="center")
+        end = value if spread is None else max(value, spread[1])
+        axes.annotate(f" {value:,.3g}" if value < 1000 else f" {value:,.0f}", (end, at), va="center")
     axes.invert_yaxis()
     axes.set_title(title, loc="left", fontsize=9)
     axes.spines["right"].set_visible(False)

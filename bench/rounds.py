@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import click
 
-__all__ = ["Line", "alone", "compare", "interleave", "show"]
+__all__ = ["Line", "alone", "compare", "interleave", "number", "show"]
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -78,15 +78,20 @@ def alone(what: str, ours: Sequence[float], *, unit: str, config: str, **more: A
     }
 
 
+def number(value: float) -> str:
+    """Return a figure with four digits that count, and no exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def show(line: Line, *, as_json: bool) -> None:
     """Print a line for programs or for people."""
     if as_json:
         click.echo(json.dumps(line))
         return
     low, high = line["spread"]
-    beside = f"  {low:.4g} to {high:.4g}"
+    beside = f"  {number(low)} to {number(high)}"
     if line["peer"] is not None:
         beside = (
-            f"  {line['against']} {line['peer']:,.4g}  ratio {line['ratio']:.3f} ({low:.2f} to {high:.2f})"
+            f"  {line['against']} {number(line['peer'])}  ratio {line['ratio']:.3f} ({low:.2f} to {high:.2f})"
         )
-    click.echo(f"{line['what']}: {line['ours']:,.4g} {line['unit']}{beside}  [{line['config']}]")
+    click.echo(f"{line['what']}: {number(line['ours'])} {line['unit']}{beside}  [{line['config']}]")

@@ -12,7 +12,7 @@ version = release = triojobs.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinxcontrib_trio"]
 html_theme = "furo"
 html_title = "triojobs"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "bench"]  # a link to the plots, which README.rst shows
 nitpicky = False
 
 autodoc_member_order = "bysource"
