@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from ._job import Job
 
 __all__ = [
+    "LAG_SECONDS",
+    "RUN_SECONDS",
     "GroupTotals",
     "Installed",
     "Instrument",
     "Sending",
     "Watched",
+    "by_name",
     "claims_booked",
     "claims_ended",
     "group_closed",
@@ -40,6 +43,12 @@ __all__ = [
     "loop_was_late",
     "sending",
 ]
+
+RUN_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Bounds of the histograms of how long handlers run and jobs wait."""
+
+LAG_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+"""Bounds of the histogram of how late the event loop is."""
 
 T = TypeVar("T")
 log = Log("triojobs.telemetry")
@@ -273,3 +282,12 @@ def group_numbers() -> tuple[GroupTotals, list[tuple[str, GroupStatistics]]]:
     for _, each in numbers:
         totals = totals.plus(each)
     return totals, sorted(numbers, key=lambda pair: pair[0])
+
+
+def by_name(groups: Iterable[tuple[str, GroupStatistics]], field: str) -> dict[str, float]:
+    """Return one number of these groups by their names; of several with one name the sum, of ages the greatest."""
+    found: dict[str, float] = {}
+    for group, numbers in groups:
+        value, known = float(getattr(numbers, field)), found.get(group, 0.0)
+        found[group] = max(value, known) if field == "lease_age" else value + known
+    return found

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from ._instruments import Installed, Instrument, group_numbers, install
+from ._instruments import (
+    LAG_SECONDS,
+    RUN_SECONDS,
+    Installed,
+    Instrument,
+    by_name,
+    group_numbers,
+    install,
+)
 from ._model import Enqueued, Outcome
 from ._version import VERSION
 
@@ -21,7 +29,6 @@ except ImportError as _exc:
 __all__ = ["instrument"]
 
 SYSTEM: Final = "triojobs"
-SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BAD: Final = ("failed", "killed")  # outcomes that are errors; a cancelled or released job is none
 
 
@@ -83,7 +90,7 @@ class _Telemetry(Instrument):
             "messaging.process.duration",
             "s",
             "How long handlers ran.",
-            explicit_bucket_boundaries_advisory=SECONDS,
+            explicit_bucket_boundaries_advisory=RUN_SECONDS,
         )
         self._settled = meter.create_counter(
             "triojobs.job.settled", "{job}", "Attempts whose outcome was written."
@@ -95,9 +102,14 @@ class _Telemetry(Instrument):
             "triojobs.queue.latency",
             "s",
             "From when a job was due until its handler started.",
-            explicit_bucket_boundaries_advisory=SECONDS,
+            explicit_bucket_boundaries_advisory=RUN_SECONDS,
         )
-        self._lag = meter.create_histogram("triojobs.loop.lag", "s", "How late the event loop's timers were.")
+        self._lag = meter.create_histogram(
+            "triojobs.loop.lag",
+            "s",
+            "How late the event loop's timers were.",
+            explicit_bucket_boundaries_advisory=LAG_SECONDS,
+        )
         self._observe_groups(meter)
 
     def _observe_groups(self, meter: metrics.Meter) -> None:
@@ -211,10 +223,8 @@ class _Telemetry(Instrument):
 
     def _of_groups(self, field: str) -> Callable[[Any], Iterable[metrics.Observation]]:
         def observe(options: object) -> Iterable[metrics.Observation]:
-            return [
-                metrics.Observation(getattr(numbers, field), {"triojobs.group": name})
-                for name, numbers in ([] if self._removed else group_numbers()[1])
-            ]
+            values = {} if self._removed else by_name(group_numbers()[1], field)
+            return [metrics.Observation(value, {"triojobs.group": name}) for name, value in values.items()]
 
         return observe
 

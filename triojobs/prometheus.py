@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
-from ._instruments import Installed, Instrument, group_numbers, install
+from ._instruments import (
+    LAG_SECONDS,
+    RUN_SECONDS,
+    Installed,
+    Instrument,
+    by_name,
+    group_numbers,
+    install,
+)
 from ._model import Enqueued, Outcome
 
 try:
@@ -18,9 +26,6 @@ except ImportError as _exc:
     ) from _exc
 
 __all__ = ["instrument"]
-
-SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-LAG: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
 def instrument(registry: CollectorRegistry) -> Installed:
@@ -52,32 +57,42 @@ def instrument(registry: CollectorRegistry) -> Installed:
 
     Threads: any, at any time; collecting never waits for the event loop.
     """
-    metrics = _Metrics(registry)
-    registry.register(metrics.groups)
-    return install(metrics)
+    return install(_Metrics(registry))
 
 
 class _Metrics(Instrument):
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"triojobs_{name}", text, labels, registry=registry)
+            found = Counter(f"triojobs_{name}", text, labels, registry=registry)
+            self._collectors.append(found)
+            return found
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(f"triojobs_{name}", text, labels, buckets=buckets, registry=registry)
+            found = Histogram(f"triojobs_{name}", text, labels, buckets=buckets, registry=registry)
+            self._collectors.append(found)
+            return found
 
         self._registry = registry
-        self.groups = _Groups()
+        self._collectors: list[Collector] = []
         self._enqueued = counter("jobs_enqueued", "Jobs created by this process.", "queue")
         self._claimed = counter("jobs_claimed", "Jobs claimed.", "queue")
         self._settled = counter("jobs_settled", "Attempts whose outcome was written.", "queue", "outcome")
         self._released = counter("jobs_released", "Jobs given back, their attempts not counted.", "queue")
         self._duration = histogram(
-            "handler_duration_seconds", "How long handlers ran.", SECONDS, "queue", "outcome"
+            "handler_duration_seconds", "How long handlers ran.", RUN_SECONDS, "queue", "outcome"
         )
         self._latency = histogram(
-            "queue_latency_seconds", "From when a job was due until its handler started.", SECONDS, "queue"
+            "queue_latency_seconds",
+            "From when a job was due until its handler started.",
+            RUN_SECONDS,
+            "queue",
         )
-        self._lag = histogram("loop_lag_seconds", "How late the event loop's timers were.", LAG, "group")
+        self._lag = histogram(
+            "loop_lag_seconds", "How late the event loop's timers were.", LAG_SECONDS, "group"
+        )
+        groups = _Groups()
+        registry.register(groups)
+        self._collectors.append(groups)
 
     def after_enqueue(
         self, token: Any, queue: str, entries: Sequence[Enqueued], error: BaseException | None
@@ -107,16 +122,7 @@ class _Metrics(Instrument):
         self._lag.labels(group).observe(seconds)
 
     def removed(self) -> None:
-        for collector in (
-            self.groups,
-            self._enqueued,
-            self._claimed,
-            self._settled,
-            self._released,
-            self._duration,
-            self._latency,
-            self._lag,
-        ):
+        for collector in self._collectors:
             self._registry.unregister(collector)
 
 
@@ -138,10 +144,6 @@ class _Groups(Collector):
             ("jobs_unsettled", "Ended attempts whose outcome is not written yet.", "unsettled"),
         ):
             gauge = GaugeMetricFamily(f"triojobs_{name}", text, labels=["group"])
-            values: dict[str, float] = {}
-            for group, numbers in groups:  # groups of one name: the sum, of ages the greatest
-                value, known = float(getattr(numbers, field)), values.get(group, 0.0)
-                values[group] = max(value, known) if field == "lease_age" else value + known
-            for group, total in values.items():
-                gauge.add_metric([group], total)
+            for group, value in by_name(groups, field).items():
+                gauge.add_metric([group], value)
             yield gauge

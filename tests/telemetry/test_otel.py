@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import triojobs
 from triojobs import otel, testing
+from triojobs._instruments import loop_was_late
 
 plain: triojobs.Queue[Any, Any] = triojobs.Queue("plain")
 follow: triojobs.Queue[Any, Any] = triojobs.Queue("follow")
@@ -243,6 +245,25 @@ async def test_metrics_are_counted_by_queue_and_outcome(backend: Backend, autoju
     assert after.get("triojobs.slot.free", []) == []
     assert value(after["triojobs.job.stale"]) >= 0
     assert value(after["triojobs.job.rescued"]) >= 0
+
+
+async def test_two_groups_of_one_name_are_one_point(backend: Backend) -> None:
+    database = testing.MemoryDatabase()
+    workers = [triojobs.Worker(plain, handler)]
+    async with (
+        testing.open_memory_group(database, workers, name="g"),
+        testing.open_memory_group(database, workers, name="g"),
+    ):
+        (free,) = backend.metrics()["triojobs.slot.free"]
+    assert free.value == 20
+
+
+async def test_a_late_loop_is_told_in_buckets_of_milliseconds(backend: Backend) -> None:
+    loop_was_late("g", 0.02)
+    (lag,) = backend.metrics()["triojobs.loop.lag"]
+    found = bisect.bisect_left(lag.explicit_bounds, 0.02)
+    assert lag.bucket_counts[found] == 1
+    assert (lag.explicit_bounds[found - 1], lag.explicit_bounds[found]) == (0.01, 0.025)
 
 
 async def test_without_an_sdk_nothing_happens(conninfo: str) -> None:
