@@ -44,6 +44,16 @@ class Stretch(NamedTuple):
     run_at: float
     job_id: int
 
+    @classmethod
+    def gap(cls, above: int, below: int) -> Stretch:
+        """Return all priorities between these."""
+        return cls(None, above, below, -math.inf, 0)
+
+    @classmethod
+    def behind(cls, band: int, run_at: float, job_id: int) -> Stretch:
+        """Return what follows in this priority."""
+        return cls(band, 0, 0, run_at, job_id)
+
 
 class QueuePosition:
     """Where one queue was claimed up to, by priority."""
@@ -59,11 +69,11 @@ class QueuePosition:
         above = BEYOND
         for band in sorted(self.bands, reverse=True)[:BANDS]:
             if band < above - 1:
-                found.append(Stretch(None, above, band, -math.inf, 0))
-            found.append(Stretch(band, 0, 0, *self.bands[band]))
+                found.append(Stretch.gap(above, band))
+            found.append(Stretch.behind(band, *self.bands[band]))
             above = band
         if above > 0:
-            found.append(Stretch(None, above, -1, -math.inf, 0))
+            found.append(Stretch.gap(above, -1))
         return found
 
 

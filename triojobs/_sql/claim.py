@@ -117,7 +117,7 @@ ORDER BY t.priority DESC, t.run_at, t.id
 
 CLAIM: Final = CLAIM_HEAD + FROM_HEAD + CLAIM_TAIL
 CLAIM_ON: Final = CLAIM_HEAD + FROM_POSITIONS + CLAIM_TAIL
-THE_HEAD: Final = (Stretch(None, BEYOND, -1, 0.0, 0),)
+THE_HEAD: Final = (Stretch.gap(BEYOND, -1),)
 
 MAY_CLAIM: Final = """
 SELECT EXISTS (
