@@ -41,9 +41,8 @@ async def main(conninfo: str | None, port: int) -> None:
         if conninfo is None:
             conninfo = await stack.enter_async_context(triojobs.open_embedded_postgres())
         triojobs.migrate(conninfo)
-        server, _ = start_http_server(
-            port, "127.0.0.1", registry
-        )  # in a thread: a scrape never waits for a handler
+        # In a thread: a scrape never waits for a handler.
+        server, _ = start_http_server(port, "127.0.0.1", registry)
         stack.callback(server.shutdown)
         print(f"http://127.0.0.1:{port}/metrics", flush=True)
         async with trio.open_nursery() as nursery:

@@ -244,6 +244,12 @@ def test_an_address_that_is_taken_is_one_line_before_anything_runs(app: Path, ds
     )
 
 
+def test_where_nothing_is_opened_the_address_is_given_up(app: Path, dsn: str) -> None:
+    """Warnings are errors there: a socket that is left open is told on stderr."""
+    done = fails(app, "worker", "app:empty", "--health", "127.0.0.1:0", dsn=dsn)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 @pytest.mark.parametrize("address", ["8086", "here:", ":8086", "127.0.0.1:99999", "127.0.0.1:http"])
 def test_what_is_no_address_is_wrong_usage(app: Path, address: str) -> None:
     done = fails(app, "worker", "app:workers", "--health", address, dsn="host=/nowhere")

@@ -47,6 +47,8 @@ ADDRESS: Final = Address()
 class Health:
     """A listening socket, for the group that will be opened: what cannot listen is told before anything runs.
 
+    Use it in a `with` block: the group may never open.
+
     Raises:
         Failure: the HTTP server is not installed, or the address cannot be listened on.
     """
@@ -61,6 +63,12 @@ class Health:
         except OSError as exc:
             why = str(exc.strerror or exc).partition(" (")[0]
             raise Failure(f"cannot listen on {host}:{port}: {why}; give --health another address") from exc
+
+    def __enter__(self) -> Health:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._socket.close()  # unless it was given away
 
     @asynccontextmanager
     async def beside(self, group: WorkerGroup) -> AsyncIterator[None]:

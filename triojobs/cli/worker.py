@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
@@ -144,13 +145,19 @@ def worker(target: Target, group: Group, listen_dsn: str | None) -> None:
 
 async def run_group(conninfo: str, group: Group, options: dict[str, Any]) -> ShutdownReport | None:
     """Serve until the end; None: the attribute did its work by itself."""
+    with nullcontext() if group.health is None else Health(group.health) as health:
+        return await _run_beside(health, conninfo, group, options)
+
+
+async def _run_beside(
+    health: Health | None, conninfo: str, group: Group, options: dict[str, Any]
+) -> ShutdownReport | None:
     from functools import partial
 
     import trio
 
     from .. import WorkerGroup, serve
 
-    health = None if group.health is None else Health(group.health)
     async with opened(group.thing, group.name) as workers:
         if workers is None:
             return None
