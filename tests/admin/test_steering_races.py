@@ -339,6 +339,16 @@ def test_of_two_operators_at_an_ended_job_the_second_sees_what_the_first_did(
         assert [count(db, t) for t in ("jobs", "keys", "outcomes", "ready")] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("act", AT_ENDED)
+def test_an_act_that_changes_nothing_keeps_nothing_locked(connect: Connect, db: Connection, act: str) -> None:
+    """In the caller's transaction its next look would wait for the waiting row with the body in hand: a deadlock."""
+    job_id = put_one(db)
+    Group(db).claim(db, 1)
+    with db.transaction():
+        assert not ACTS[act](db, job_id)
+        connect().execute("SELECT FROM triojobs.jobs WHERE id = %s FOR UPDATE NOWAIT", [job_id])
+
+
 def test_of_two_operators_who_retry_in_bulk_one_does(connect: Connect, db: Connection) -> None:
     job_id = put_one(db)
     group, a, b = Group(db), connect(), connect()

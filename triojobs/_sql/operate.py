@@ -110,12 +110,12 @@ def retry(conn: psycopg.Connection[Any], schema: str, job_id: int) -> bool:
         JobNotFoundError: there is no such job.
         DuplicateJobError: its key has passed on to another job.
     """
-    with conn.transaction():
+    with conn.transaction() as look:
         body = plain_cursor(conn).execute(statement(LOCK_BODY, schema), {"id": job_id}).fetchone()
         if body is None:
             raise JobNotFoundError(job_id, operation="retrying")
         if plain_cursor(conn).execute(statement(RETRY, schema), {"id": job_id}).rowcount == 0:
-            return False
+            raise psycopg.Rollback(look)  # a caller's transaction shall not keep the body locked for nothing
         queue, key = body
         if key is not None:
             # After the insert: keys come last in the lock order, and a job that has not ended is told
@@ -125,6 +125,7 @@ def retry(conn: psycopg.Connection[Any], schema: str, job_id: int) -> bool:
             if holder is not None and holder[0] != job_id:
                 raise DuplicateJobError(queue=queue, key=key, job_id=holder[0], operation="retrying")
         return True
+    return False
 
 
 def queue_of(conn: psycopg.Connection[Any], schema: str, job_id: int) -> str | None:

@@ -11,7 +11,8 @@ To wait for them while holding other rows of the same kind would be a deadlock. 
 for `insist`.
 
 Lock order: waiting row → body, as a replacement has it. A retry has the body alone, and needs the
-waiting row's absence.
+waiting row's absence. A look that changed nothing gives up what it locked: in a caller's transaction the next
+one would wait for a waiting row with the body in hand.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def insist(
         JobNotFoundError: there is no such job.
     """
     for _ in range(ROUNDS):
-        changed = act(conn, schema, [job_id], wait=True)
+        changed = _look(conn, schema, act, job_id)
         if changed.ids:
             return changed
         row = plain_cursor(conn).execute(statement(STATE, schema), {"id": job_id}).fetchone()
@@ -115,3 +116,12 @@ def insist(
         if not possible(State(status, started=row[1] or status is JobStatus.RUNNING)):
             return Changed()
     return None
+
+
+def _look(conn: psycopg.Connection[Any], schema: str, act: Act, job_id: int) -> Changed:
+    with conn.transaction() as look:
+        changed = act(conn, schema, [job_id], wait=True)
+        if changed.ids:
+            return changed
+        raise psycopg.Rollback(look)
+    return Changed()
