@@ -9,6 +9,9 @@
 * What must happen together with a commit (`on_commit`) happens in the thread, right after it,
   where neither a cancel nor a signal can fall in between.
 * Limiters are our own: threads of handlers cannot delay a heartbeat.
+* What is short and frequent needs no thread: an exchange runs on the event loop, between waits for its
+  socket, and keeps the same promises. A loop that is blocked reads no answer; so the breaker ends the
+  exchange, and what had come is read all the same.
 """
 
 from __future__ import annotations
@@ -87,6 +90,13 @@ def reached(operation: str, point: str) -> None:
     """
 
 
+async def reached_on_loop(operation: str, point: str) -> None:
+    """Say where an exchange is, on the loop. Does nothing, without a checkpoint; tests put a gate here.
+
+    Its points are those of `reached`.
+    """
+
+
 class BrokenOff(Exception):
     """The job was cancelled before its work began, or before it ended."""
 
@@ -111,6 +121,9 @@ class Call:
         self.conn = conn
         self.on_loop = on_loop
         self.deadline = deadline
+        self.unread_until = (
+            deadline + timeout
+        )  # a loop that does not read an answer by then is not waited for
         self.timeout = timeout
         self.end = self.latest = float("inf")
         self.guarded = True
@@ -282,9 +295,15 @@ class Breaker:
                 self._changed.wait(wait)
 
     def _break(self, call: Call, now: float) -> None:
-        if call.has_answer():
+        unread = call.has_answer()
+        if unread and now < call.unread_until:
             call.deadline = now + CANCEL_WAIT
             return
+        if unread:
+            # A server that cannot get rid of its answer holds the locks of its transaction. What has come is
+            # read all the same once the loop turns.
+            log.warning("an answer was not read in time", extra={"event": "answer_unread"})
+            call.breaking = True
         if call.breaking:
             call.deadline = float("inf")
             call.shut_down()
@@ -411,12 +430,17 @@ class Line:
         return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=False)
 
     async def exchange(
-        self, operation: str, start: Callable[[psycopg.Connection[Any]], Generator[Ready, None, T] | None]
+        self,
+        operation: str,
+        start: Callable[[psycopg.Connection[Any]], Generator[Ready, None, T] | None],
+        on_commit: Callable[[T], None] = lambda result: None,
     ) -> T | None:
         """Run a generator of `_sql.exchange` on the loop, without a thread; bounded like every call.
 
-        A thread costs two switches, more than the statement itself: worth it for what is long or rare.
-        Nothing here blocks: the connection is at hand, and the generator says when it must wait.
+        A thread costs two switches, and on its way back it waits for the interpreter's lock while handlers
+        run: a worker that drains lost a third of its rate to that. Nothing here blocks: the connection is at
+        hand, and the generator says when it must wait. What must happen together with the commit is done in the
+        very step that read the answer.
 
         Returns None, and has done nothing, when there is no idle connection, or `start` returns None.
 
@@ -429,28 +453,49 @@ class Line:
             self._limiter.acquire_on_behalf_of_nowait(place := object())
         except trio.WouldBlock:
             return None
-        conn = self._take_idle()
         try:
-            generator = None if conn is None else start(conn)
-            if conn is None or generator is None:
+            conn = self._take_idle()
+            if conn is None:
                 return None
-            call = Call(conn, clock() + self._call_timeout, self._call_timeout, on_loop=True)
             try:
-                with trio.CancelScope(shield=True), self._breaker.watch(call):
-                    result = await _drive(generator, conn.fileno())
+                generator = start(conn)
+                if generator is None:
+                    return None
+                with trio.CancelScope(shield=True):
+                    result = await self._exchange(operation, conn, generator, on_commit)
                 return result
-            except psycopg.Error as exc:
-                raise translate(exc, operation=operation) from exc
             finally:
-                if call.breaking:  # the cancel that was sent is still on its way
-                    conn.close()
-        finally:
-            if conn is not None:
                 if self._reusable(conn):
                     self._idle.append(conn)
                 else:
                     conn.close()
+        finally:
             self._limiter.release_on_behalf_of(place)
+
+    async def _exchange(
+        self,
+        operation: str,
+        conn: psycopg.Connection[Any],
+        generator: Generator[Ready, None, T],
+        on_commit: Callable[[T], None],
+    ) -> T:
+        call = Call(conn, clock() + self._call_timeout, self._call_timeout, on_loop=True)
+        await reached_on_loop(operation, "enter")
+        await reached_on_loop(operation, "connected")
+        try:
+            with self._breaker.watch(call):
+                result = await _drive(generator, conn.fileno())
+                await reached_on_loop(operation, "executed")
+            on_commit(result)
+            await reached_on_loop(operation, "committed")
+            return result
+        except psycopg.Error as exc:
+            self._learn_from(exc, conn)
+            raise translate(exc, operation=operation) from exc
+        finally:
+            if call.breaking:  # the cancel that was sent is still on its way
+                conn.close()
+            await reached_on_loop(operation, "exit")
 
     async def take_out(
         self, operation: str, fn: Callable[[psycopg.Connection[Any]], None]
@@ -584,11 +629,7 @@ class Line:
                     reached(operation, "committed")
                 return result
             except psycopg.Error as exc:
-                what_helps = remedy(exc)
-                if what_helps is Remedy.RECONNECT:
-                    conn.close()
-                if exc.sqlstate == READ_ONLY:
-                    self._hosts.demoted()
+                what_helps = self._learn_from(exc, conn)
                 pause = random.uniform(0.01, 0.1)
                 again = what_helps is Remedy.RETRY and attempt < retries and not call.breaking
                 if again and clock() + pause < limit:
@@ -604,6 +645,15 @@ class Line:
                     # its way: it would hit whatever this connection does next.
                     conn.close()
         raise AssertionError  # the last attempt returns or raises
+
+    def _learn_from(self, exc: psycopg.Error, conn: psycopg.Connection[Any]) -> Remedy:
+        """Return what may help, and drop what cannot be used any more."""
+        what_helps = remedy(exc)
+        if what_helps is Remedy.RECONNECT:
+            conn.close()
+        if exc.sqlstate == READ_ONLY:
+            self._hosts.demoted()
+        return what_helps
 
     def _reusable(self, conn: psycopg.Connection[Any]) -> bool:
         """Whether the next call may have this connection; restores it for that."""

@@ -211,6 +211,7 @@ class Fetcher:
             promote=self._demand.queues if promote else (),
             starts=starts,
         )
+        self._live.claim_is_sent()
         try:
             reply = await self._store.claim(order, self._live.book, under_way=self._wake_slots)
         except trio.Cancelled:
@@ -221,6 +222,8 @@ class Fetcher:
                 self._live.unknown_claim = True
                 self._live.doubt()
             raise
+        finally:
+            self._live.claim_under_way = False
         if wants:
             self._demand.claimed(now)
         if promote:

@@ -66,7 +66,7 @@ async def show_signs_of_life(live: LiveRegistration) -> None:
     """Turn the beacon while it is lit: until nothing is in hand."""
     while True:
         await live.lit.wait()
-        while not live.beacon.put_out(lambda: live.ledger.held):
+        while not live.beacon.put_out(lambda: live.in_hand):
             due = trio.current_time() + TURN_INTERVAL
             await trio.sleep_until(due)
             live.beacon.turn()

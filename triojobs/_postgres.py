@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
@@ -239,6 +240,12 @@ class PostgresStore:
         *,
         under_way: Callable[[], None] = nothing,
     ) -> ClaimReply:
+        asked = claim_sql.Asked(order.group_id, order.epoch, order.claim_no, order.wants, order.starts)
+        if not order.promote and (claims := await self._claim_now(asked, book, under_way)) is not None:
+            refused = not claims and not await self._claim_line.run(
+                "looking whether we may claim", lambda call: self._may_claim(call, asked)
+            )
+            return ClaimReply(claims_by_queue(order.wants, claims), {}, refused=refused)
         token = trio.lowlevel.current_trio_token()
 
         def work(call: Call) -> ClaimReply:
@@ -252,26 +259,30 @@ class PostgresStore:
             if not order.wants:
                 self.notify_later(call, promoted.keys())
                 return ClaimReply({}, promoted, due)
-            claims = claim_sql.claim(
-                call.conn,
-                self.schema,
-                group_id=order.group_id,
-                epoch=order.epoch,
-                claim_no=order.claim_no,
-                wants=order.wants,
-                starts=order.starts,
-            )
+            claims = asked.claim(call.conn, self.schema)
             call.on_commit(lambda: book(claims))
-            got = dict.fromkeys(order.wants, 0)
-            for claimed in claims:
-                got[claimed.queue] += 1
+            got = claims_by_queue(order.wants, claims)
             self.notify_later(call, {q for q, n in promoted.items() if n > got.get(q, 0)})
-            refused = not claims and not claim_sql.may_claim(
-                call.conn, self.schema, group_id=order.group_id, epoch=order.epoch
-            )
-            return ClaimReply(got, promoted, due, refused=refused)
+            return ClaimReply(got, promoted, due, refused=not claims and not self._may_claim(call, asked))
 
         return await self._claim_line.run("claiming jobs", work)
+
+    async def _claim_now(
+        self, asked: claim_sql.Asked, book: Callable[[Sequence[Claim]], None], sent: Callable[[], None]
+    ) -> list[Claim] | None:
+        """Claim in one round trip, without a thread; None: nothing was done."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            return await self._claim_line.exchange(
+                "claiming jobs", lambda conn: asked.now(conn, self.schema, sent), book
+            )
+        except DatabaseError as exc:
+            if exc.sqlstate is None or not exc.sqlstate.startswith(WORTH_ANOTHER_TRY):
+                raise
+            return None  # nothing was claimed; a thread has the patience to repeat it
+
+    def _may_claim(self, call: Call, asked: claim_sql.Asked) -> bool:
+        return claim_sql.may_claim(call.conn, self.schema, group_id=asked.group_id, epoch=asked.epoch)
 
     async def compare(
         self,
@@ -303,12 +314,48 @@ class PostgresStore:
         *,
         deadline: float | None = None,
     ) -> None:
+        if (
+            deadline is None
+            and batch
+            and settle.is_done(batch)
+            and await self._settle_now(group_id, batch, written)
+        ):
+            return
+
         def work(call: Call) -> None:
             rows, queues = settle.settle(call.conn, self.schema, group_id, batch)
             call.on_commit(lambda: written(rows))
             self.notify_later(call, queues)
 
-        await self._settle_line.run(f"settling {len(batch)} job(s)", work, deadline=deadline)
+        await self._settle_line.run(settling(batch), work, deadline=deadline)
+
+    async def _settle_now(
+        self,
+        group_id: uuid.UUID,
+        batch: Sequence[Settlement],
+        written: Callable[[Sequence[Settled]], None],
+    ) -> bool:
+        """Settle what is done in one round trip, without a thread; False: this must go the other way.
+
+        So must a batch of which some were not found; that these are not written yet is not said by it.
+        """
+
+        def written_if_all(found: bool) -> None:
+            if found:
+                written(settle.as_asked(batch))
+
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            found = await self._settle_line.exchange(
+                settling(batch),
+                lambda conn: settle.settle_done(conn, self.schema, group_id, batch),
+                written_if_all,
+            )
+        except DatabaseError as exc:
+            if exc.sqlstate is None or not exc.sqlstate.startswith(WORTH_ANOTHER_TRY):
+                raise
+            return False
+        return bool(found)
 
     async def close_group(
         self,
@@ -443,6 +490,16 @@ def enqueue_in_transaction(
         )
         call.extend()
     return answers
+
+
+def claims_by_queue(queues: Iterable[str], claims: Sequence[Claim]) -> dict[str, int]:
+    """Count the claims of each of these queues."""
+    return dict.fromkeys(queues, 0) | Counter(claim.queue for claim in claims)
+
+
+def settling(batch: Sequence[Settlement]) -> str:
+    """Name the operation."""
+    return f"settling {len(batch)} job(s)"
 
 
 def cancel_job(call: Call, schema: str, job_id: int, reason: str) -> bool:

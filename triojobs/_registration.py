@@ -37,6 +37,7 @@ class LiveRegistration:
         lease: beat thread → lease watcher. ledger: everybody. lit: the beacon → the task that turns it.
         epoch: comparison → fetcher. unknown_claim: fetcher, comparison → closing.
         in_doubt: ledger and leases may differ; nothing is claimed. Fetcher, beats → comparison → fetcher.
+        claim_under_way: rows may be ours that the ledger does not know. Fetcher → beacon.
         fetching, slots_alive (0 or 1): fetcher and slots → supervisor. lost: beats → supervisor.
         running: how many handlers run. Slots → supervisor, the watch over handlers.
         unanswered: (job id, claim_no) of claims whose settlement's reply was lost. Settler and closing.
@@ -62,6 +63,7 @@ class LiveRegistration:
         self.ledger = Ledger(on_ended=self.unsettled.set)
         self.epoch = 1
         self.unknown_claim = False
+        self.claim_under_way = False
         self.in_doubt = AsyncBool(False)
         self.lost = AsyncBool(False)
         self.fetching = AsyncBool(False)
@@ -97,6 +99,16 @@ class LiveRegistration:
         """Return a number that no claim of this registration had before."""
         self._claim_no += 1
         return self._claim_no
+
+    def claim_is_sent(self) -> None:
+        """From now on the loop must turn: its answer is read there, and nobody else knows what it took."""
+        self.claim_under_way = True
+        self.beacon.light()
+
+    @property
+    def in_hand(self) -> int:
+        """How much there is for which the loop must turn."""
+        return self.ledger.held + self.claim_under_way
 
     def book(self, claims: Sequence[Claim]) -> None:
         """Take ownership of claimed rows, in the thread that claimed them."""

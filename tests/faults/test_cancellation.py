@@ -12,10 +12,8 @@ import trio.testing
 import triojobs
 from tests.tools.fault_proxy import fault_proxy
 from tests.tools.looking import blocked, locked, rows
-from triojobs._sql import claim as claim_sql
-from triojobs._sql import settle as settle_sql
 
-from .gates import ThreadGate
+from .gates import CLAIM, SETTLE, StatementGate
 from .rig import (
     SHORT,
     Figures,
@@ -113,23 +111,23 @@ async def strike_inside_a_handler(conninfo: str) -> None:
 @pytest.mark.parametrize("point", ["before the statement", "committed", "before its return"])
 @pytest.mark.parametrize("statement", ["claim", "settle"])
 @pytest.mark.parametrize("how", ["cancel", "stop"])
-async def test_row_07_cancelled_while_a_thread_stands_at_a_point_of_its_statement(
+async def test_row_07_cancelled_while_a_statement_stands_at_a_point(
     conninfo: str, monkeypatch: pytest.MonkeyPatch, how: str, statement: str, point: str
 ) -> None:
-    module = {"claim": claim_sql, "settle": settle_sql}[statement]
     async with triojobs.open_client(conninfo) as client:
         job_id = await client.enqueue(plain, "return")
     journal = Journal()
-    gate = ThreadGate(monkeypatch, module, statement, point)
+    gate = StatementGate(monkeypatch, *{"claim": CLAIM, "settle": SETTLE}[statement], point=point)
     async with background_group(conninfo, [journal.worker()]) as (scope, groups):
         await wait_until(gate.reached.is_set)
         if how == "cancel":
             scope.cancel()
         else:
             groups[0].stop()
-        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()  # the loop never comes to rest while one stands there
         live = groups[0]._registrations[0]
-        # A thread is never abandoned: whose call it makes is still there.
+        # A call is never abandoned: whose it is, is still there.
         assert live.fetching.value if statement == "claim" else live.settling.value
         gate.open.set()
         await groups[0].wait_stopped()

@@ -11,24 +11,22 @@ import trio
 
 import triojobs
 from tests.tools.looking import until
-from triojobs._sql import claim as claim_sql
 from triojobs._sql import notify as notify_sql
 
-from .gates import BEFORE, COMMITTED, RETURNING, ThreadGate
+from .gates import BEFORE, CLAIM, COMMITTED, RETURNING, StatementGate
 from .rig import AT_ONCE, NEVER_POLLS, PATIENCE, SHORT, background_group, outcomes, plain, running, wait_until
 
-Gate = Callable[[pytest.MonkeyPatch, Any], ThreadGate]
+Gate = Callable[[pytest.MonkeyPatch, Any], StatementGate]
 
 
 def gate_at_mark(point: str) -> Gate:
     """Stop the group where it says that it sleeps."""
 
-    def make(patch: pytest.MonkeyPatch, group_id: Any) -> ThreadGate:
-        return ThreadGate(
+    def make(patch: pytest.MonkeyPatch, group_id: Any) -> StatementGate:
+        return StatementGate(
             patch,
-            notify_sql,
-            "mark_waiting",
-            point,
+            (notify_sql, "mark_waiting"),
+            point=point,
             which=lambda conn, schema, group, queues: group == group_id,
         )
 
@@ -38,7 +36,7 @@ def gate_at_mark(point: str) -> Gate:
 def gate_at_last_claim(point: str) -> Gate:
     """Stop the group where it claims once more after it has said so."""
 
-    def make(patch: pytest.MonkeyPatch, group_id: Any) -> ThreadGate:
+    def make(patch: pytest.MonkeyPatch, group_id: Any) -> StatementGate:
         marked: list[Any] = []
         mark = notify_sql.mark_waiting
 
@@ -47,9 +45,7 @@ def gate_at_last_claim(point: str) -> Gate:
             marked.append(group)
 
         patch.setattr(notify_sql, "mark_waiting", marking)
-        return ThreadGate(
-            patch, claim_sql, "claim", point, which=lambda *args, group_id, **options: group_id in marked
-        )
+        return StatementGate(patch, *CLAIM, point=point, which=lambda asked, *args: asked.group_id in marked)
 
     return make
 
@@ -80,7 +76,7 @@ class Sleeper:
 
 async def bring_to_the_gate(
     conninfo: str, group: triojobs.WorkerGroup, patch: pytest.MonkeyPatch, order: str
-) -> ThreadGate:
+) -> StatementGate:
     """Let the group run a job that fills it, and stop it where it goes to sleep again."""
     await until(conninfo, "SELECT count(*) FROM triojobs.waiting WHERE group_id = %s", group.group_id)
     await trio.testing.wait_all_tasks_blocked()

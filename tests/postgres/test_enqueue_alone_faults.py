@@ -235,7 +235,7 @@ MUTANTS: dict[str, tuple[Patch, Callable[..., Any]]] = {
     "a lost reply means that nothing was written": (
         code(
             Line,
-            "exchange",
+            "_exchange",
             (
                 "raise translate(exc, operation=operation) from exc",
                 "(error := translate(exc, operation=operation)).committed = False; raise error",
@@ -244,7 +244,7 @@ MUTANTS: dict[str, tuple[Patch, Callable[..., Any]]] = {
         test_without_a_reply_the_fate_is_unknown_and_the_job_is_there_once,
     ),
     "an exchange may take longer than other calls": (
-        code(Line, "exchange", ("Call(conn, clock() + self._call_timeout,", "Call(conn, clock() + 6.0,")),
+        code(Line, "_exchange", ("Call(conn, clock() + self._call_timeout,", "Call(conn, clock() + 6.0,")),
         test_in_a_black_hole_a_call_ends_in_time_and_its_connection_is_not_used_again,
     ),
 }

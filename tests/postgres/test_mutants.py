@@ -107,9 +107,45 @@ READY_IS_UPDATED = f"""        UPDATE triojobs.ready r
 """
 CLAIM_WAITS = race(races.test_a_comparison_waits_for_a_late_claim_and_releases_its_rows)
 CLOSE_WAITS = race(races.test_close_waits_for_an_open_claim_and_sweeps_what_it_took)
-SETTLE_AND_CLOSE = race(races.test_settle_and_close_do_not_lock_leases_in_different_orders)
+SETTLE_AND_CLOSE = races.test_settle_and_close_do_not_lock_leases_in_different_orders
+TWO_SETTLES = races.test_two_settles_of_the_same_claims_lock_them_in_one_order
+
+
+def of_a_settlement(name: str, outcome: Outcome) -> dict[str, tuple[Patch, Check]]:
+    """The mutants of one of the two statements: of the one for `done` alone, and of the other, which is tried next."""
+
+    def settle(old: str) -> Patch:
+        return template(settle_sql, name, (old, ""))
+
+    matches = transitions.test_a_settle_matches_job_group_and_claim
+    mutants: dict[str, tuple[Patch, Check]] = {
+        "does not lock its group": (
+            with_settings(settle(" FOR KEY SHARE"), enable_seqscan="on"),
+            race(SETTLE_AND_CLOSE, outcome),
+        ),
+        "does not refer to the lock on its group": (
+            with_settings(settle("      AND EXISTS (SELECT FROM me)\n"), enable_seqscan="on"),
+            race(SETTLE_AND_CLOSE, outcome),
+        ),
+        "locks leases as its batch comes": (
+            with_settings(batches_as_they_come, enable_mergejoin="off", enable_hashjoin="off"),
+            race(TWO_SETTLES, outcome),
+        ),
+        "does not look at the claim": (
+            settle("l.claim_no = a.claim_no AND"),
+            transition(matches, "claim_no"),
+        ),
+        "does not look at the group": (
+            settle("AND l.group_id = %(group_id)s"),
+            transition(matches, "group"),
+        ),
+    }
+    return {f"a settle ({name}) {what}": mutant for what, mutant in mutants.items()}
+
 
 MUTANTS: dict[str, tuple[Patch, Check]] = {
+    **of_a_settlement("SETTLE", Outcome.KILLED),
+    **of_a_settlement("SETTLE_DONE", Outcome.DONE),
     "close in one statement": (close_in_one_statement, CLOSE_WAITS),
     "close locks by a plain UPDATE": (
         template(
@@ -196,28 +232,6 @@ MUTANTS: dict[str, tuple[Patch, Check]] = {
             groups_sql, "RESCUE", ("WHERE g.id IS NULL OR g.closed_at IS NOT NULL", "WHERE g.id IS NULL")
         ),
         transition(transitions.test_rescue_finds_leases_under_a_closed_or_missing_group, "closed"),
-    ),
-    "a settle does not lock its group": (
-        with_settings(template(settle_sql, "SETTLE", (" FOR KEY SHARE", "")), enable_seqscan="on"),
-        SETTLE_AND_CLOSE,
-    ),
-    "a settle does not refer to the lock on its group": (
-        with_settings(
-            template(settle_sql, "SETTLE", ("      AND EXISTS (SELECT FROM me)\n", "")), enable_seqscan="on"
-        ),
-        SETTLE_AND_CLOSE,
-    ),
-    "a settle locks leases as its batch comes": (
-        with_settings(batches_as_they_come, enable_mergejoin="off", enable_hashjoin="off"),
-        race(races.test_two_settles_of_the_same_claims_lock_them_in_one_order),
-    ),
-    "a settle does not look at the claim": (
-        template(settle_sql, "SETTLE", ("l.claim_no = a.claim_no AND", "")),
-        transition(transitions.test_a_settle_matches_job_group_and_claim, "claim_no"),
-    ),
-    "a settle does not look at the group": (
-        template(settle_sql, "SETTLE", ("AND l.group_id = %(group_id)s", "")),
-        transition(transitions.test_a_settle_matches_job_group_and_claim, "group"),
     ),
     "a settle does not look for a cancel": (
         template(

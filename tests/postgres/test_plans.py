@@ -155,8 +155,9 @@ def test_promotion_takes_a_thousand_rows_by_place(grown: Grown) -> None:
     assert [n["Actual Rows"] for n in due.nodes("Index", Index_Name="scheduled_order")] == [1]
 
 
-def test_a_settle_locks_the_group_and_finds_each_lease_by_its_key(grown: Grown) -> None:
-    batch = [ended(c, Outcome.FAILED) for c in grown.claims[:500]]
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.FAILED])
+def test_a_settle_locks_the_group_and_finds_each_lease_by_its_key(grown: Grown, outcome: Outcome) -> None:
+    batch = [ended(c, outcome) for c in grown.claims[:500]]
     (plan,) = grown.plans(settle.settle, grown.group.id, batch)
     (look,) = plan.nodes("Index Scan", Index_Name="leases_pkey")
     assert look["Index Cond"] == "(id = a.id)"
@@ -217,13 +218,16 @@ def test_plans_made_while_the_tables_were_small_do_not_walk_them(db: Connection,
     put(db, 5)
     claims = group.claim(db, 3)
     plans = {
-        fn.__name__: [explain(db, each) for each in recorded(db, fn, SCHEMA, *args, **options)]
-        for fn, args, options in (
-            (claim_sql.promote, (), {"queues": ["q"]}),
-            (claim_sql.claim, (), claim_options(group, {"q": 2})),
-            (settle.settle, (group.id, [ended(c, Outcome.FAILED) for c in claims]), {}),
-            (inspect.read_jobs, ([1, 2],), {}),
-            (operate.cancel, (claims[0].job_id, "no"), {}),
+        (fn.__name__, n): [explain(db, each) for each in recorded(db, fn, SCHEMA, *args, **options)]
+        for n, (fn, args, options) in enumerate(
+            (
+                (claim_sql.promote, (), {"queues": ["q"]}),
+                (claim_sql.claim, (), claim_options(group, {"q": 2})),
+                (settle.settle, (group.id, [ended(c, Outcome.FAILED) for c in claims]), {}),
+                (inspect.read_jobs, ([1, 2],), {}),
+                (settle.settle, (group.id, [ended(c, Outcome.DONE) for c in claims]), {}),
+                (operate.cancel, (claims[0].job_id, "no"), {}),
+            )
         )
     }
     walked = {name: set().union(*(plan.would_walk for plan in each)) for name, each in plans.items()}

@@ -319,10 +319,13 @@ def run_into_each_other(
     two.result()
 
 
-def test_settle_and_close_do_not_lock_leases_in_different_orders(connect: Connect, db: Connection) -> None:
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.KILLED])
+def test_settle_and_close_do_not_lock_leases_in_different_orders(
+    connect: Connect, db: Connection, outcome: Outcome
+) -> None:
     group = Group(db)
     low, high = two_leases_against_their_order(db, group)
-    batch = [settle.Settlement(low, 2, Outcome.DONE), settle.Settlement(high, 1, Outcome.DONE)]
+    batch = [settle.Settlement(low, 2, outcome), settle.Settlement(high, 1, outcome)]
     run_into_each_other(
         db, connect, low, high,
         lambda conn: settle.settle(conn, SCHEMA, group.id, batch),
@@ -332,10 +335,13 @@ def test_settle_and_close_do_not_lock_leases_in_different_orders(connect: Connec
     assert count(db, "outcomes") + count(db, "ready") == 2
 
 
-def test_two_settles_of_the_same_claims_lock_them_in_one_order(connect: Connect, db: Connection) -> None:
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.KILLED])
+def test_two_settles_of_the_same_claims_lock_them_in_one_order(
+    connect: Connect, db: Connection, outcome: Outcome
+) -> None:
     group = Group(db)
     low, high = two_leases_against_their_order(db, group)
-    batch = [settle.Settlement(low, 2, Outcome.DONE), settle.Settlement(high, 1, Outcome.DONE)]
+    batch = [settle.Settlement(low, 2, outcome), settle.Settlement(high, 1, outcome)]
     run_into_each_other(
         db, connect, low, high,
         lambda conn: settle.settle(conn, SCHEMA, group.id, batch),

@@ -1,8 +1,9 @@
 """The program that runs behind the gate, and what is done to it.
 
-A call of the bridge passes named points in its thread (`triojobs._bridge.reached`); one more is in the
-work of `job.commit` and `job.transact`, between two statements. A gate stops the thread at one of them;
-the injection is delivered on the event loop, Trio takes a few steps, the thread goes on. (mode, operation,
+A call of the bridge passes named points in its thread (`triojobs._bridge.reached`), or on the loop
+(`reached_on_loop`); one more is in the work of `job.commit` and `job.transact`, between two statements. A gate
+stops the thread, or the task, at one of them; the injection is delivered on the event loop, Trio takes a few
+steps, the thread goes on. (mode, operation,
 occurrence, point) names a run. The journal is written by the handlers.
 """
 
@@ -129,22 +130,35 @@ class Program(trio.abc.Instrument):
         self._boom = trio.Event()
         self._all_done = trio.Event()
 
-    # The gate, in the call's thread.
+    # The gate, in the call's thread or task.
 
     def reached(self, operation: str, point: str) -> None:
+        if self._is_here(operation, point):
+            go_on = self._go_on
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._inject, go_on)
+                go_on.wait(PATIENCE)
+            self._lose()
+
+    async def reached_on_loop(self, operation: str, point: str) -> None:
+        if self._is_here(operation, point):
+            self._inject(self._go_on)
+            while not self._go_on.is_set():
+                await trio.lowlevel.checkpoint()  # shielded by the bridge
+            self._lose()
+
+    def _lose(self) -> None:
+        if self.mode == "lost":
+            raise psycopg.OperationalError("the reply was lost")
+
+    def _is_here(self, operation: str, point: str) -> bool:
         operation = NUMBER.sub("N", operation)  # ids and batch sizes differ from run to run
         with self._lock:
             occurrence = self._counted[operation, point]
             self._counted[operation, point] += 1
             here = Place(operation, occurrence, point)
             self.seen.append(here)
-        if here == self.place:
-            go_on = self._go_on
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._inject, go_on)
-                go_on.wait(PATIENCE)
-            if self.mode == "lost":
-                raise psycopg.OperationalError("the reply was lost")
+        return here == self.place
 
     # On the loop.
 
@@ -177,14 +191,14 @@ class Program(trio.abc.Instrument):
 
     def run(self) -> None:
         """Run it; keeps what it raised."""
-        before = _bridge.reached
-        _bridge.reached = self.reached
+        before = _bridge.reached, _bridge.reached_on_loop
+        _bridge.reached, _bridge.reached_on_loop = self.reached, self.reached_on_loop
         try:
             trio.run(self._main, instruments=[self])
         except BaseException as exc:
             self.error = exc
         finally:
-            _bridge.reached = before
+            _bridge.reached, _bridge.reached_on_loop = before
             self._go_on.set()
             self.ended_at = time.monotonic()
 

@@ -1,9 +1,10 @@
-"""One round trip for what is two: the jobs and their commit, then the look for who waits, in libpq's pipeline mode.
+"""Statements without a thread: one round trip each, in libpq's pipeline mode, driven from outside.
 
-Both statements are sent at once, each with a synchronization point of its own behind it. The first
-point commits, and only then does the server begin the second statement, with a new snapshot: the order
-that notify.py asks for, without the wait in between. Each has its own answer, so that an error of the
-second says nothing about the first.
+`ask` sends one statement, which commits by itself. `enqueue_now` makes one round trip of what is two: the jobs
+and their commit, then the look for who waits. Both statements are sent at once, each with a synchronization
+point of its own behind it. The first point commits, and only then does the server begin the second statement,
+with a new snapshot: the order that notify.py asks for, without the wait in between. Each has its own answer, so
+that an error of the second says nothing about the first.
 
 Nothing here waits: a generator yields where the socket must become readable or writable, and whoever
 drives it knows how to wait.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import datetime as dt
 import weakref
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, LiteralString
 
 import psycopg
+from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
@@ -27,7 +29,7 @@ from .enqueue import ENQUEUE_NOW, OPTION_NAMES, OPTIONS, Packed, due_alike
 from .notify import NOTIFY_WAITING
 from .statements import numbered
 
-__all__ = ["Ready", "enqueue_now", "fits"]
+__all__ = ["Ready", "ask", "enqueue_now", "fits", "rows_of"]
 
 ROWS: Final = 10  # more are worth a thread, which leaves the loop to others meanwhile
 BYTES: Final = 64 * 1024  # of payload: what a socket takes at once
@@ -93,6 +95,46 @@ def enqueue_now(
     return sorted(int(rows_found.get_value(i, 0) or b"") for i in range(rows_found.ntuples)), error
 
 
+def ask(
+    conn: psycopg.Connection[Any],
+    name: bytes,
+    template: LiteralString,
+    schema: str,
+    values: Mapping[str, Any],
+    *,
+    sent: Callable[[], None] = lambda: None,
+) -> Generator[Ready, None, PGresult]:
+    """Run one statement, which commits by itself; return its result, rows in binary.
+
+    The connection is in autocommit mode, outside of a transaction, and nobody else uses it meanwhile.
+    `sent` is called when the server has it.
+    """
+    pgconn = conn.pgconn
+    pgconn.enter_pipeline_mode()
+    one = Statement(conn, name, template, schema)
+    one.send(values, rows=BINARY)
+    pgconn.pipeline_sync()
+    while pgconn.flush():
+        yield Ready.WRITABLE
+    sent()
+    found = yield from one.answer()
+    try:
+        yield from _synchronized(conn)
+    except psycopg.Error:
+        one.check(found)  # the server's farewell says more than the silence after it
+        raise
+    pgconn.exit_pipeline_mode()
+    one.check(found)
+    return found[-1]
+
+
+def rows_of(conn: psycopg.Connection[Any], result: PGresult) -> list[tuple[Any, ...]]:
+    """Return the rows of a result in binary."""
+    loading = Transformer(conn)
+    loading.set_pgresult(result)
+    return loading.load_rows(0, result.ntuples, tuple)
+
+
 class Statement:
     """A statement that the session prepares at its first use."""
 
@@ -105,8 +147,8 @@ class Statement:
         self._known = PREPARED.setdefault(conn, set())
         self._prepares = name not in self._known
 
-    def send(self, values: dict[str, Any]) -> None:
-        """Put it into libpq's buffer."""
+    def send(self, values: Mapping[str, Any], *, rows: Format = TEXT) -> None:
+        """Put it into libpq's buffer; `rows` is the form of what comes back."""
         pgconn = self._conn.pgconn
         if self._prepares:
             pgconn.send_prepare(self._name, self._text)
@@ -114,7 +156,8 @@ class Statement:
         pgconn.send_query_prepared(
             self._name,
             [as_sent(value) for value in given],
-            [BINARY if isinstance(value, Packed) else TEXT for value in given],
+            [BINARY if isinstance(value, bytes) else TEXT for value in given],
+            rows,
         )
 
     def answer(self) -> Generator[Ready, None, list[PGresult]]:
@@ -154,7 +197,18 @@ def as_sent(value: Any) -> bytes | None:
     """Return a parameter in PostgreSQL's text form, or packed bytes as they are."""
     if value is None or isinstance(value, bytes):
         return value
+    if isinstance(value, list):
+        return ("{" + ",".join(map(item_as_sent, value)) + "}").encode()
     return (value.isoformat() if isinstance(value, dt.datetime) else str(value)).encode()
+
+
+def item_as_sent(value: str | float | None) -> str:
+    """Return an item of an array in its text form."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return str(value)
 
 
 def text_array(values: Collection[str]) -> str:
